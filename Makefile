@@ -1,0 +1,32 @@
+# Everything below builds .venv itself where it is missing, with plain pip, and may be run again at any time.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test lint clean-demo
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[seqio,hub,hf,dev]'
+	touch $(STAMP)
+
+# The main job on the embedded Russian corpus: vocabulary, cache, UL2, instructions, Hugging Face, report.
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tasks/demo.sh
+
+clean-demo:
+	rm -rf runs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+# What a training run proves only with time: kill -9 at twenty moments, disk full, the whole demo.
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
