@@ -1,0 +1,1 @@
+"""The data road: vocabulary, sources, cache, token store, denoisers, packing, batches. No JAX here."""

@@ -1,0 +1,260 @@
+"""Vocabulary: SentencePiece ids, sentinels counted down from the top, mode tokens; and training one from text.
+
+Ids, from 0: padding, EOS, unknown, the model's other pieces (mode tokens and bytes first when trained here), then the
+sentinels, `<extra_id_0>` the highest, then rows of padding up to a multiple of 128 that no text ever becomes. This is
+the layout of T5, and of `seqio.SentencePieceVocabulary` for the same two arguments.
+"""
+
+import hashlib
+import io
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+
+from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.files import atomic_path
+
+PADDED_TO = 128
+DEFAULT_MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]", "<LM>", "<SC1>", "<SC2>", "<SC3>", "<SC4>", "<SC5>", "<SC6>")
+
+_LINE_CHARACTERS = 8192
+_ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made at import, without stubs
+_USER_DEFINED = _ModelProto.SentencePiece.USER_DEFINED
+
+
+class Vocabulary:
+    """A SentencePiece model with sentinels above it. The file is read at first use; copies and pickles are light.
+
+    Args:
+        sentencepiece_model_file: path of the `.model` file.
+        extra_ids: number of sentinels.
+
+    Raises (at first use):
+        UserError: the file is missing, is no SentencePiece model, or has other padding, EOS and unknown ids.
+    """
+
+    pad_id = 0
+    eos_id = 1
+    unk_id = 2
+
+    def __init__(self, sentencepiece_model_file: str, extra_ids: int = 300):
+        if extra_ids < 0:
+            raise UserError(f"extra_ids is {extra_ids}; the number of sentinels cannot be negative")
+        self.sentencepiece_model_file = os.fspath(sentencepiece_model_file)
+        self.extra_ids = extra_ids
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sentencepiece_model_file": self.sentencepiece_model_file, "extra_ids": self.extra_ids}
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.sentencepiece_model_file!r}, extra_ids={self.extra_ids})"
+
+    @cached_property
+    def model_bytes(self) -> bytes:
+        """The model file, without sentinels: what goes into checkpoints and exports."""
+        try:
+            return Path(self.sentencepiece_model_file).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"vocabulary {self.sentencepiece_model_file!r}: {error.strerror}; set VOCABULARY_FILE to a"
+                " SentencePiece model"
+            ) from error
+
+    @cached_property
+    def _model(self) -> Any:
+        model, content = _ModelProto(), self.model_bytes
+        try:
+            model.ParseFromString(content)
+        except DecodeError as error:
+            raise self._refused("is not a SentencePiece model") from error
+        spec = model.trainer_spec
+        if not model.pieces or not model.HasField("trainer_spec"):
+            raise self._refused("is not a SentencePiece model")
+        found, wanted = (spec.pad_id, spec.eos_id, spec.unk_id), (self.pad_id, self.eos_id, self.unk_id)
+        if found != wanted:
+            raise self._refused(f"has the ids {found} for padding, EOS and unknown, not {wanted}")
+        return model
+
+    def _refused(self, reason: str) -> UserError:
+        return UserError(
+            f"vocabulary {self.sentencepiece_model_file!r} {reason}; give VOCABULARY_FILE a T5 vocabulary, or train one"
+            " (vikhr_t5.data.vocabulary.train_vocabulary)"
+        )
+
+    @cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        extended = _ModelProto()
+        extended.CopyFrom(self._model)
+        for i in reversed(range(self.extra_ids)):
+            extended.pieces.add(piece=f"▁<extra_id_{i}>", score=0.0, type=_USER_DEFINED)
+        try:
+            return sentencepiece.SentencePieceProcessor(model_proto=extended.SerializeToString())
+        except RuntimeError as error:
+            raise self._refused(f"cannot be loaded ({error})") from error
+
+    @property
+    def size(self) -> int:
+        """Real ids: the model's pieces and the sentinels."""
+        return len(self._model.pieces) + self.extra_ids
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of the embedding: `size` up to a multiple of 128."""
+        return -(-self.size // PADDED_TO) * PADDED_TO
+
+    @property
+    def first_sentinel(self) -> int:
+        """The id of `<extra_id_0>`, the highest real id; the others descend from it."""
+        return self.size - 1
+
+    def sentinel(self, index: int) -> int:
+        """The id of `<extra_id_index>`. UserError beyond the last."""
+        if not 0 <= index < self.extra_ids:
+            raise UserError(f"<extra_id_{index}>: {self!r} has {self.extra_ids} sentinels, from 0; raise EXTRA_IDS")
+        return self.first_sentinel - index
+
+    @cached_property
+    def mode_tokens(self) -> tuple[str, ...]:
+        """User-defined symbols of the model, in order of ids."""
+        return tuple(piece.piece for piece in self._model.pieces if piece.type == _USER_DEFINED)
+
+    def mode_id(self, token: str) -> int:
+        """The id of a mode token such as "[NLU]". UserError with the nearest names when the model has none such."""
+        if token not in self.mode_tokens:
+            raise UserError(
+                f"mode token {token!r} is no user-defined symbol of {self.sentencepiece_model_file!r};"
+                f" {nearest(token, self.mode_tokens)}"
+            )
+        return int(self._processor.PieceToId(token))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without EOS. Sentinels and mode tokens written in the text become their ids."""
+        return list(self._processor.EncodeAsIds(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; padding and EOS are dropped, sentinels read `<extra_id_i>`. UserError on ids >= size."""
+        kept = [int(i) for i in ids]
+        if outside := [i for i in kept if not 0 <= i < self.size]:
+            raise UserError(f"id {outside[0]} is outside the vocabulary of {self.size} ({self!r})")
+        return str(self._processor.DecodeIds([i for i in kept if i not in (self.pad_id, self.eos_id)]))
+
+    def piece(self, id: int) -> str:
+        """The piece of one id, "▁" for a space: for showing tokens apart. UserError on ids >= size."""
+        if not 0 <= id < self.size:
+            raise UserError(f"id {id} is outside the vocabulary of {self.size} ({self!r})")
+        piece = str(self._processor.IdToPiece(int(id)))
+        return piece.removeprefix("▁") if id >= self.size - self.extra_ids else piece
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the model file and the number of sentinels: equal for equal ids."""
+        return hashlib.sha256(self.model_bytes + f"\0extra_ids={self.extra_ids}".encode()).hexdigest()
+
+
+def train_vocabulary(
+    texts: Iterable[str] | Iterable[Path],
+    output: str | os.PathLike[str],
+    size: int,
+    model_type: str = "unigram",
+    mode_tokens: Sequence[str] = DEFAULT_MODE_TOKENS,
+    character_coverage: float = 0.9999,
+    byte_fallback: bool = True,
+    split_digits: bool = True,
+    max_lines: int | None = None,
+    num_threads: int = 16,
+    seed: int = 0,
+) -> Vocabulary:
+    """Trains a SentencePiece model for `Vocabulary`. The same text and arguments give the same bytes on any machine.
+
+    Args:
+        texts: texts as strings (each may hold several lines), or UTF-8 files as paths.
+        output: the `.model` file to write, whole or not at all.
+        size: pieces of the model, mode tokens and bytes counted, sentinels not.
+        model_type: "unigram" (T5's) or "bpe".
+        mode_tokens: pieces that are never split nor merged, read where a text spells them.
+        character_coverage: share of the text's characters that get a piece; the rest becomes bytes.
+        byte_fallback: have 256 byte pieces, so that no text becomes unknown.
+        split_digits: a piece per digit of a number.
+        max_lines: train on a random sample of as many lines; None for all (they are held in memory).
+        num_threads: the result depends on it, as sums are split by it; so it is not the machine's number of cores.
+        seed: of the sample.
+
+    Raises:
+        UserError: no text, a file that is missing or not UTF-8, or a size that the text cannot give.
+    """
+    if model_type not in ("unigram", "bpe"):
+        raise UserError(f'model_type is {model_type!r}; use "unigram" or "bpe"')
+    # Read in full first: SentencePiece would turn an error of the reader into one of its own.
+    lines = list(_lines(texts)) if max_lines is None else _sample(_lines(texts), max_lines, random.Random(seed))
+    if not lines:
+        raise UserError("no text to train a vocabulary on: the texts or files hold no line but blank ones")
+    model = io.BytesIO()
+    try:
+        # From and to memory: SentencePiece writes the names of its files into the model, which would change its bytes.
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=size,
+            model_type=model_type,
+            user_defined_symbols=list(mode_tokens),
+            character_coverage=character_coverage,
+            byte_fallback=byte_fallback,
+            split_digits=split_digits,
+            max_sentence_length=4 * _LINE_CHARACTERS,  # in bytes of UTF-8; longer ones would be skipped silently
+            num_threads=num_threads,
+            pad_id=Vocabulary.pad_id,
+            eos_id=Vocabulary.eos_id,
+            unk_id=Vocabulary.unk_id,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2].strip()  # what precedes is a place in SentencePiece's source
+        raise UserError(f"cannot train a vocabulary of {size} pieces on this text: {reason}") from error
+    with atomic_path(output) as temporary:
+        temporary.write_bytes(model.getvalue())
+    return Vocabulary(os.fspath(output))
+
+
+def _lines(texts: Iterable[str] | Iterable[Path]) -> Iterator[str]:
+    """The lines of texts and files that are not blank, long ones in parts, cut at a space where there is one."""
+    for text in texts:
+        for line in text.splitlines() if isinstance(text, str) else _file_lines(text):
+            line = line.strip()
+            while len(line) > _LINE_CHARACTERS:
+                space = line.rfind(" ", 1, _LINE_CHARACTERS)
+                cut = space if space > 0 else _LINE_CHARACTERS
+                yield line[:cut]
+                line = line[cut:].lstrip()
+            if line:
+                yield line
+
+
+def _file_lines(path: Path) -> Iterator[str]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+                    raise UserError(f"{path}, line {number}: {reason}; convert the file or drop the line") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a readable text file") from error
+
+
+def _sample(lines: Iterable[str], count: int, rng: random.Random) -> list[str]:
+    """`count` of the lines, each set of them equally likely (reservoir sampling, Vitter's algorithm R)."""
+    kept: list[str] = []
+    for seen, line in enumerate(lines):
+        if seen < count:
+            kept.append(line)
+        elif (place := rng.randrange(seen + 1)) < count:
+            kept[place] = line
+    return kept
