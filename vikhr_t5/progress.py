@@ -5,7 +5,8 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as RichProgress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 PLAIN_PERIOD_SECONDS = 10.0
 
@@ -44,7 +45,7 @@ class Progress:
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             self._bar = RichProgress(*columns, TextColumn("{task.fields[note]}"), console=console)
-            self._task = self._bar.add_task(description, total=total, completed=done, note="")
+            self._task = self._bar.add_task(description, total=total, completed=int(done), note="")
 
     def __enter__(self) -> "Progress":
         if self._bar:
