@@ -1,0 +1,320 @@
+"""The token store: a cached task as memory-mapped Arrow files, read without TensorFlow.
+
+    <cache_dir>/tasks/<task>/<split>/manifest.json
+    <cache_dir>/tasks/<task>/<split>/shard-00000-of-00004.arrow
+    <cache_dir>/mixtures/<name>.json
+
+A shard is an uncompressed Arrow IPC file with one `large_list<int32>` column per feature. A split's folder appears as
+a whole, by a rename, so a folder with a manifest is complete. `mixtures/<name>.json` says which tasks a name stands
+for and at what rates; a task alone is a mixture of itself. `vikhr_t5.data.cache` writes all of this.
+
+Letters: N examples.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vikhr_t5.data.manifest import NEEDS_SEQIO, Manifest, Shard, provenance_from_json
+from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.files import atomic_path
+
+MANIFEST = "manifest.json"
+# Tokens of the widest feature in one record batch; a slice inside a batch is read without a copy.
+BATCH_TOKENS = 1 << 22
+
+
+class CacheMissing(UserError):
+    """A task or mixture is not cached, or not this split of it."""
+
+
+class CacheStale(UserError):
+    """What is cached was made from something that has changed since."""
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """One feature: per record batch its tokens, and where the batch starts in the concatenation of all."""
+
+    values: list[np.ndarray]
+    starts: list[int]  # one more than values
+
+
+class TokenStore:
+    """One split of one cached task; memory-mapped, picklable (a worker process opens the files itself).
+
+    Args:
+        directory: `<cache_dir>/tasks/<task>/<split>`.
+    Raises:
+        CacheMissing: there is no manifest. CacheStale: it cannot be read, or a shard is missing or cut short.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+        path = self.directory / MANIFEST
+        try:
+            self.manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CacheMissing(f"{self.directory} holds no cached split: there is no {MANIFEST}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise CacheStale(f"{path} cannot be read ({error}): cache the task again") from None
+        for shard in self.manifest.shards:
+            file = self.directory / shard.file
+            size = file.stat().st_size if file.exists() else 0
+            if size != shard.num_bytes:
+                raise CacheStale(f"{file} has {size} bytes instead of {shard.num_bytes}: cache the task again")
+
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
+        return TokenStore, (self.directory,)
+
+    def __len__(self) -> int:
+        return self.manifest.num_examples
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of the tokens, the vocabulary and the transform; equal for equal data wherever it was cached."""
+        m = self.manifest
+        vocabularies = {name: feature.vocabulary for name, feature in m.features.items()}
+        content = [m.task, m.split, vocabularies, m.transform, [shard.digest for shard in m.shards]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def num_tokens(self, feature: str) -> int:
+        """Tokens of all examples together."""
+        return self.manifest.num_tokens[feature]
+
+    def lengths(self, feature: str) -> np.ndarray:
+        """Tokens of each example, int32 [N]."""
+        return np.diff(self._offsets[feature]).astype(np.int32)
+
+    def example(self, index: int) -> dict[str, np.ndarray]:
+        """One example: feature -> int32 tokens (read-only)."""
+        bounds = {name: offsets[index : index + 2] for name, offsets in self._offsets.items()}
+        return {name: self.tokens(name, int(start), int(stop)) for name, (start, stop) in bounds.items()}
+
+    def tokens(self, feature: str, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the concatenation of all examples in store order: int32, read-only, and not copied
+        unless they lie in two record batches."""
+        column = self._columns[feature]
+        if not 0 <= start <= stop <= column.starts[-1]:
+            raise IndexError(f"tokens [{start}, {stop}) of {column.starts[-1]} in {self.directory}")
+        if start == stop:
+            return np.empty(0, np.int32)
+        batch = bisect.bisect_right(column.starts, start) - 1
+        first = column.starts[batch]
+        if stop <= column.starts[batch + 1]:
+            return column.values[batch][start - first : stop - first]
+        parts = [column.values[batch][start - first :]]
+        while column.starts[batch + 1] < stop:
+            batch += 1
+            parts.append(column.values[batch][: stop - column.starts[batch]])
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def _batches(self) -> list[pa.RecordBatch]:
+        batches = []
+        for shard in self.manifest.shards:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.directory / shard.file)))
+            batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        return batches
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, _Column]:
+        columns = {}
+        for name in self.manifest.features:
+            values = [batch.column(name).values.to_numpy() for batch in self._batches]
+            columns[name] = _Column(values, [0, *np.cumsum([len(v) for v in values], dtype=np.int64).tolist()])
+        return columns
+
+    @functools.cached_property
+    def _offsets(self) -> dict[str, np.ndarray]:
+        """Where each example starts in the concatenation: int64 [N + 1] per feature."""
+        offsets = {}
+        for name, column in self._columns.items():
+            parts = [np.zeros(1, np.int64)]
+            for batch, start in zip(self._batches, column.starts, strict=False):
+                parts.append(batch.column(name).offsets.to_numpy()[1:] + start)
+            offsets[name] = np.concatenate(parts)
+        return offsets
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writes one shard; the file appears when the `with` block ends without an exception.
+
+        with ShardWriter(path, ("inputs", "targets")) as writer:
+            writer.write({"inputs": (tokens, lengths), "targets": (tokens, lengths)})
+        shard = writer.shard(skipped_lines=0)
+
+    `tokens` are the examples' tokens one after another, `lengths` int [n] cuts them; n is the same for all features.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], features: tuple[str, ...]):
+        self.path = Path(path)
+        self.num_examples, self.num_tokens = 0, dict.fromkeys(features, 0)
+        self._schema = pa.schema([(name, pa.large_list(pa.int32())) for name in features])
+        self._digest = hashlib.sha256()
+        self._pending: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in features}
+        self._flushed = dict(self.num_tokens)
+
+    def __enter__(self) -> "ShardWriter":
+        self._stack = contextlib.ExitStack()
+        self._temporary = self._stack.enter_context(atomic_path(self.path))
+        self._writer = self._stack.enter_context(pa.ipc.new_file(str(self._temporary), self._schema))
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is None:
+            self._flush()
+        return self._stack.__exit__(*error)
+
+    def write(self, columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Append n examples: feature -> (tokens [sum of lengths], lengths [n])."""
+        counts = {len(columns[name][1]) for name in self.num_tokens}
+        if len(counts) != 1:
+            raise ValueError(f"features of different numbers of examples: {counts}")
+        self.num_examples += counts.pop()
+        for name, pending in self._pending.items():
+            tokens = np.ascontiguousarray(columns[name][0], np.int32)
+            lengths = np.ascontiguousarray(columns[name][1], np.int64)
+            if int(lengths.sum()) != len(tokens):
+                raise ValueError(f"{name}: lengths add to {lengths.sum()} and there are {len(tokens)} tokens")
+            pending.append((tokens, lengths))
+            self.num_tokens[name] += len(tokens)
+        if max(self.num_tokens[name] - self._flushed[name] for name in self._flushed) >= BATCH_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        arrays = []
+        for name, pending in self._pending.items():
+            if not pending:
+                return
+            tokens = np.concatenate([part for part, _ in pending])
+            lengths = np.concatenate([part for _, part in pending])
+            self._digest.update(lengths)
+            self._digest.update(tokens)
+            offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+            arrays.append(pa.LargeListArray.from_arrays(offsets, tokens))
+            pending.clear()
+            self._flushed[name] = self.num_tokens[name]
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+
+    def shard(self, skipped_lines: int) -> Shard:
+        """The manifest's record of the finished file."""
+        size = self.path.stat().st_size
+        return Shard(self.path.name, self.num_examples, self.num_tokens, size, self._digest.hexdigest(), skipped_lines)
+
+
+# ---- opening by name -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedMixture:
+    """The stores of a mixture's tasks (one split) and their rates, unnormalised, in the same order."""
+
+    name: str
+    stores: dict[str, TokenStore]
+    rates: dict[str, float]
+
+
+def task_directory(cache_dir: str | os.PathLike[str], task: str, split: str) -> Path:
+    return Path(cache_dir) / "tasks" / task / split
+
+
+def mixture_file(cache_dir: str | os.PathLike[str], name: str) -> Path:
+    return Path(cache_dir) / "mixtures" / f"{name}.json"
+
+
+def open_cached(
+    cache_dir: str | os.PathLike[str], mixture_or_task: str, split: str, vocabulary_fingerprint: str | None = None
+) -> CachedMixture:
+    """Open one split of a cached task or mixture. A mixture's tasks that lack the split are left out, as in seqio.
+
+    Args:
+        vocabulary_fingerprint: `Vocabulary.fingerprint()` of the run; None skips this check.
+    Raises:
+        CacheMissing: not cached (names what is). CacheStale: made from what has changed since (names it).
+        UserError: no task of it has such a split (names those that exist).
+    """
+    path = mixture_file(cache_dir, mixture_or_task)
+    if not path.exists():
+        hint = nearest(mixture_or_task, [p.stem for p in path.parent.glob("*.json")])
+        raise CacheMissing(
+            f"{mixture_or_task} is not cached in {cache_dir} ({hint}): "
+            f"run `vikhr-t5 cache --mixture {mixture_or_task} --cache_dir {cache_dir}`"
+        )
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if reason := provenance_from_json(record["provenance"]).change():
+        raise CacheStale(f"the cached definition of {mixture_or_task} is stale: {reason}")
+    tasks = [task for task in record["rates"] if split in record["splits"][task]]
+    if not tasks:
+        splits = ", ".join(sorted({name for names in record["splits"].values() for name in names}))
+        raise UserError(f"{mixture_or_task} has no split {split!r}; it has: {splits}")
+    stores = {task: TokenStore(task_directory(cache_dir, task, split)) for task in tasks}
+    for task, store in stores.items():
+        if reason := store.manifest.stale_reason(vocabulary_fingerprint):
+            raise CacheStale(f"the cache of {task}/{split} in {cache_dir} is stale: {reason}")
+    return CachedMixture(mixture_or_task, stores, {task: record["rates"][task] for task in tasks})
+
+
+def ensure_cached(
+    cache_dir: str | os.PathLike[str],
+    mixture_or_task: str,
+    split: str,
+    module: str | None,
+    vocabulary: Vocabulary,
+    num_workers: int = 0,
+) -> CachedMixture:
+    """`open_cached`, but what is missing or stale is cached first, by a subprocess (it needs TensorFlow, this process
+    does not) whose progress shows on stderr.
+
+    Args:
+        module: the Python module that registers the task (e.g. "tasks.demo"); None: only what is cached can be opened.
+        num_workers: processes that cache; 0 = one per core.
+    Raises:
+        UserError: as `open_cached`, and what stopped the subprocess.
+    """
+    try:
+        return open_cached(cache_dir, mixture_or_task, split, vocabulary.fingerprint())
+    except (CacheMissing, CacheStale) as error:
+        if module is None:
+            raise
+        reason = str(error) if isinstance(error, CacheStale) else f"{mixture_or_task}/{split} is not cached yet"
+        if importlib.util.find_spec("seqio") is None:
+            raise UserError(f"{reason}; {NEEDS_SEQIO}") from error
+        print(f"{reason}: caching it now", file=sys.stderr, flush=True)
+    arguments = {
+        "mixture_or_task": mixture_or_task,
+        "module": module,
+        "cache_dir": os.fspath(cache_dir),
+        "vocabulary_file": os.path.abspath(vocabulary.sentencepiece_model_file),
+        "extra_ids": vocabulary.extra_ids,
+        "num_workers": num_workers,
+    }
+    # The subprocess must find the same packages as this process: same sys.path, and nothing put in front of it (-P).
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-P", "-m", "vikhr_t5.data.cache", json.dumps(arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode == 2:
+        raise UserError(done.stdout.strip())
+    if done.returncode != 0:
+        raise RuntimeError(f"caching {mixture_or_task} ended with exit status {done.returncode}; its output is above")
+    return open_cached(cache_dir, mixture_or_task, split, vocabulary.fingerprint())
