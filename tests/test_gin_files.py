@@ -1,0 +1,184 @@
+"""Every gin file that we ship, found by glob: parsed, initialised abstractly, its figures recomputed."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from vikhr_t5 import dry_run, launch
+from vikhr_t5.data.vocabulary import train_vocabulary
+from vikhr_t5.train import loop
+
+GIN = launch.gin_folder()
+FILES = sorted(str(path.relative_to(GIN)) for path in GIN.rglob("*.gin"))
+TINY = "models/t5_1_1_tiny.gin"
+# With T5's own vocabulary: the sizes of the published checkpoints.
+PUBLISHED = {
+    "t5_1_0_small": 60_506_624,
+    "t5_1_0_base": 222_903_552,
+    "t5_1_0_large": 737_668_096,
+    "t5_1_1_small": 76_961_152,
+    "t5_1_1_base": 247_577_856,
+    "t5_1_1_large": 783_150_080,
+    "t5_1_1_xl": 2_849_757_184,
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary_file(tmp_path_factory):
+    text = (Path(__file__).parents[1] / "tasks/demo_data/ru.txt").read_text(encoding="utf-8")[:100_000]
+    file = tmp_path_factory.mktemp("vocabulary") / "spiece.model"
+    train_vocabulary([text], file, size=600)
+    return str(file)
+
+
+def resolve(files, vocabulary_file, *bindings):
+    """The arguments of `train`, with whatever the files require filled in."""
+    given = {
+        "VOCABULARY_FILE": repr(vocabulary_file),
+        "MODEL_DIR": "'never/written'",
+        "MIXTURE_OR_TASK_NAME": "'demo_ul2'",
+        "TASK_FEATURE_LENGTHS": "{'inputs': 64, 'targets': 32}",
+        "TRAIN_STEPS": "10",
+        "INITIAL_CHECKPOINT_PATH": "'never/read'",
+    }
+    # What a file sets itself must stay: only what is required is given.
+    try:
+        launch.load(files)
+        missing = ""
+    except Exception as error:
+        missing = str(error)
+    launch.load(files, [*(f"{k}={v}" for k, v in given.items() if f"--gin.{k}=" in missing), *bindings])
+    return launch.arguments(loop.train, supplied=["config_text"])
+
+
+def companions(file):
+    if file.startswith("models/"):
+        return [file, "runs/pretrain.gin"]
+    return [TINY, file] if file.startswith("runs/") else [file]
+
+
+def test_the_files_of_the_issue_are_there():
+    recipes = [
+        "demo",
+        "demo_finetune",
+        "vikhr_t5_240m_ul2",
+        "vikhr_t5_240m_flan",
+        "vikhr_t5_3b_ul2",
+        "vikhr_t5_3b_flan",
+    ]
+    models = [*PUBLISHED, "t5_1_0_tiny", "t5_1_1_tiny", "vikhr_t5_240m", "vikhr_t5_3b"]
+    wanted = {
+        *(f"recipes/{name}.gin" for name in recipes),
+        *(f"models/{name}.gin" for name in models),
+        "runs/pretrain.gin",
+        "runs/finetune.gin",
+    }
+    assert wanted <= set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_resolves_and_initialises(file, vocabulary_file):
+    arguments = resolve(companions(file), vocabulary_file, f"VOCABULARY_FILE={vocabulary_file!r}")
+    model = arguments["model"]
+    state = model.abstract_state()
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == model.config.param_count()
+    assert model.config.vocab_size == model.vocabulary.padded_size
+    arguments["partitioner"].shardings(model.state_axes(), state)
+    assert arguments["trainer"].learning_rate_fn(0) >= 0
+    assert arguments["train_dataset_cfg"].split == "train"
+    assert arguments["train_eval_dataset_cfg"].split == "validation"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("recipes/")])
+def test_configuration_text_resolves_to_the_same(file, vocabulary_file, tmp_path):
+    first = resolve([file], vocabulary_file, f"VOCABULARY_FILE={vocabulary_file!r}")
+    text = launch.config_text()
+    (tmp_path / "config.gin").write_text(text)
+    launch.load([str(tmp_path / "config.gin")])
+    second = launch.arguments(loop.train, supplied=["config_text"])
+    assert launch.config_text() == text
+    assert second["model"].config == first["model"].config
+    assert second["model"].optimizer == first["model"].optimizer
+    for name in (
+        "train_dataset_cfg",
+        "train_eval_dataset_cfg",
+        "checkpoint_cfg",
+        "partitioner",
+        "total_steps",
+        "model_dir",
+    ):
+        assert second[name] == first[name]
+    steps = range(0, first["total_steps"], max(1, first["total_steps"] // 7))
+    rates = [[float(a["trainer"].learning_rate_fn(step)) for step in steps] for a in (first, second)]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_model_sizes_are_the_published_ones(name, vocabulary_file):
+    arguments = resolve([f"models/{name}.gin", "runs/pretrain.gin"], vocabulary_file, "T5Config.vocab_size=32128")
+    assert arguments["model"].config.param_count() == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(("recipe", "millions"), [("vikhr_t5_240m_ul2", 288), ("vikhr_t5_3b_ul2", 2957)])
+def test_the_models_of_the_recipes(recipe, millions, vocabulary_file):
+    """58,000 pieces and 300 sentinels, padded to a multiple of 128."""
+    arguments = resolve([f"recipes/{recipe}.gin"], vocabulary_file, "T5Config.vocab_size=58368")
+    assert round(arguments["model"].config.param_count() / 1e6) == millions
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("recipes/")])
+def test_a_recipe_says_what_it_expects(file, vocabulary_file):
+    """Data, hardware, time; and where time is an estimate, its arithmetic is right and it says so."""
+    head = (GIN / file).read_text(encoding="utf-8").split("from __gin__")[0]
+    assert "# Data" in head
+    assert "hardware" in head.lower()
+    assert re.search("# (Time|Hours)", head)
+    if "# Hours" not in head:
+        return
+    assert "estimate, not measured" in head
+    row, batch, steps, total = (
+        float(number.replace(",", ""))
+        for number in re.search(r"([\d.]+) TFLOP a row[^=]*? x (\d+) x ([\d,]+) =\n?#?\s*([\d.]+) EFLOP", head).groups()
+    )
+    arguments = resolve([file], vocabulary_file, "T5Config.vocab_size=58368")
+    data = arguments["train_dataset_cfg"]
+    flops = arguments["model"].config.flops_per_step(1, *data.task_feature_lengths.values())
+    assert row == pytest.approx(flops / 1e12, rel=0.01)
+    assert batch == data.batch_size
+    restore = arguments["checkpoint_cfg"].restore
+    assert steps == arguments["total_steps"] or restore is not None
+    assert total == pytest.approx(flops * batch * steps / 1e18, rel=0.02)
+    hours = float(re.search(r"TFLOP/s, ([\d.]+) hours", head.replace("\n#", "").replace("           ", " ")).group(1))
+    assert hours == pytest.approx(total * 1e18 / (0.35 * 989e12) / 3600, rel=0.04)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_bindings_name_real_modules(file):
+    text = (GIN / file).read_text(encoding="utf-8")
+    assert "__main__" not in text
+    assert text.startswith("#")
+    assert "from __gin__ import dynamic_registration" in text
+
+
+def test_dry_run_shows_model_data_mesh_memory(vocabulary_file):
+    arguments = resolve([TINY, "runs/pretrain.gin"], vocabulary_file, "BATCH_SIZE=8", "CACHE_DIR='never/made'")
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    dry_run.show(arguments, console)
+    text = " ".join(console.export_text().split())
+    model = arguments["model"]
+    assert f"({model.config.param_count():,})" in text
+    assert "data 1, fsdp 1, tensor 1" in text
+    assert "demo_ul2/train" in text
+    assert "not cached" in text
+    assert "8 rows" in text
+
+
+def test_dry_run_memory_is_that_of_the_arrays(vocabulary_file):
+    """float32 parameters and gradients; the tiny model is too small to factor, so Adafactor's moments are as many."""
+    arguments = resolve([TINY, "runs/pretrain.gin"], vocabulary_file)
+    count = arguments["model"].config.param_count()
+    parts = dry_run.memory(arguments["model"], arguments["partitioner"])
+    assert parts == {"parameters": 4 * count, "gradients": 4 * count, "optimizer": 4 * count + 4}

@@ -1,0 +1,1 @@
+"""Mistral-7B for Russian: vocabulary, continued pre-training, instructions. Arrives in a later version."""

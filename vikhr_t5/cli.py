@@ -1,0 +1,299 @@
+"""`vikhr-t5`: every command. Each parses its flags, calls one function of the package, and imports it only then.
+
+Exit status: 0 done; 2 bad input, one line that says what, where and what to do; 1 an internal failure;
+130 interrupted. `--debug` shows the traceback.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from vikhr_t5 import __version__
+from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.packages import require_own
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors that are one line and an example after the flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands, with their flags."""
+    parser = _Parser(
+        prog="vikhr-t5",
+        description="Train T5 models: from text to a Hugging Face model.",
+        epilog="example:\n  vikhr-t5 train --gin_file=recipes/demo.gin --dry_run --gin.MODEL_DIR=runs/demo …",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"vikhr-t5 {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "train a model from gin files",
+        "vikhr-t5 train --gin_file=recipes/demo.gin --gin.MODEL_DIR=runs/demo --gin.VOCABULARY_FILE=runs/spiece.model",
+        "--gin.NAME=VALUE, repeated, sets a macro (TRAIN_STEPS) or a binding (step.Trainer.num_microbatches),\n"
+        "over the files. Values are Python's, as in t5x: --gin.MIXTURE_OR_TASK_NAME=\"'demo_ul2'\".\n"
+        "Only a path may stand without the inner quotes: --gin.MODEL_DIR=runs/demo, --gin.MODEL_DIR=/data/run.",
+    )
+    train.add_argument("--gin_file", action="append", required=True, metavar="F", help="a gin file; repeat for more")
+    train.add_argument("--gin_search_paths", action="append", default=[], metavar="A,B", help="folders of gin files")
+    train.add_argument("--dry_run", action="store_true", help="resolve all, print model, data, mesh, memory, and stop")
+
+    cache = _command(
+        commands,
+        "cache",
+        _cache,
+        "turn a task or mixture into a token store",
+        "vikhr-t5 cache --mixture demo_ul2 --module tasks.demo --vocabulary runs/spiece.model --cache_dir runs/cache",
+    )
+    _data_flags(cache)
+    cache.add_argument("--splits", metavar="A,B", help="default: all")
+    cache.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+
+    preview = _command(
+        commands,
+        "preview",
+        _preview,
+        "show examples as text, tokens, denoised, packed",
+        "vikhr-t5 preview --mixture demo_ul2 -n 2 --vocabulary runs/spiece.model --cache_dir runs/cache",
+    )
+    _data_flags(preview)
+    preview.add_argument("-n", type=int, default=3, metavar="N", help="examples (default 3)")
+    preview.add_argument("--split", default="train", help="default: train")
+    preview.add_argument("--inputs", type=int, default=512, metavar="S", help="inputs length (default 512)")
+    preview.add_argument("--targets", type=int, default=240, metavar="T", help="targets length (default 240)")
+    preview.add_argument("--denoisers", metavar="NAME", help="another mixture of denoisers: ul2, ul2r, fred, …")
+
+    convert = _command(
+        commands,
+        "convert",
+        _convert,
+        "convert a trained model to Hugging Face",
+        "vikhr-t5 convert --from vikhr --to hf runs/demo/instruct runs/demo/hf --verify",
+    )
+    convert.add_argument("source", metavar="SRC", help="a run folder, or one of its checkpoints")
+    convert.add_argument("destination", metavar="DST", help="the folder to write")
+    convert.add_argument("--from", dest="from_format", choices=["vikhr"], required=True)
+    convert.add_argument("--to", dest="to_format", choices=["hf"], required=True)
+    convert.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
+    convert.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
+    convert.add_argument("--verify", action="store_true", help="compare logits and tokens with transformers")
+
+    report = _command(
+        commands,
+        "report",
+        _report,
+        "a run folder as one HTML page",
+        "vikhr-t5 report runs/demo/ul2 runs/demo/instruct --output runs/demo/report.html",
+    )
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run folders, in the order of their stages")
+    report.add_argument("--output", metavar="F", help="default: report.html in the last run folder")
+
+    vocab = commands.add_parser("vocab", help="vocabularies", description="Vocabularies.")
+    actions = vocab.add_subparsers(title="actions", metavar="ACTION", required=True)
+    vocab_train = _command(
+        actions,
+        "train",
+        _vocab_train,
+        "train a SentencePiece vocabulary from text",
+        "vikhr-t5 vocab train --input a.txt,b.txt --output spiece.model --size 8000",
+    )
+    vocab_train.add_argument("--input", required=True, metavar="F,G", help="UTF-8 text files")
+    vocab_train.add_argument("--output", required=True, metavar="F", help="the .model file to write")
+    vocab_train.add_argument("--size", type=int, required=True, metavar="N", help="pieces; sentinels come on top")
+    vocab_train.add_argument("--model_type", choices=["unigram", "bpe"], default="unigram")
+    vocab_train.add_argument("--character_coverage", type=float, default=0.9999, metavar="X")
+    vocab_train.add_argument("--max_lines", type=int, metavar="N", help="train on a sample of the lines")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    summary: str,
+    example: str,
+    notes: str = "",
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"{notes}\n\nexample:\n  {example}".lstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mixture", required=True, metavar="NAME", help="a seqio task or mixture")
+    parser.add_argument("--module", default="tasks.demo", metavar="M", help="what registers it (default tasks.demo)")
+    parser.add_argument("--cache_dir", default="cache", metavar="D", help="where token stores lie (default ./cache)")
+    vocabulary = os.environ.get("VIKHR_T5_VOCABULARY")
+    parser.add_argument("--vocabulary", default=vocabulary, metavar="F", help="default: $VIKHR_T5_VOCABULARY")
+    parser.add_argument("--extra_ids", type=int, default=300, metavar="N", help="sentinels (default 300)")
+
+
+def _train(flags: argparse.Namespace) -> None:
+    from vikhr_t5 import launch
+
+    paths = [path for group in flags.gin_search_paths for path in group.split(",") if path]
+    launch.load(flags.gin_file, flags.bindings, paths)
+    from vikhr_t5.train import loop
+
+    arguments = launch.arguments(loop.train, supplied=["config_text"])
+    if flags.dry_run:
+        from vikhr_t5 import dry_run
+
+        dry_run.show(arguments)
+    else:
+        loop.train(**arguments, config_text=launch.config_text())
+
+
+def _cache(flags: argparse.Namespace) -> None:
+    vocabulary_file = _given_vocabulary(flags)
+    from vikhr_t5.data import cache  # TensorFlow: five seconds
+
+    cache.cache(
+        flags.mixture,
+        module=flags.module,
+        cache_dir=flags.cache_dir,
+        splits=flags.splits.split(",") if flags.splits else None,
+        num_workers=flags.num_workers,
+        vocabulary_file=vocabulary_file,
+        extra_ids=flags.extra_ids,
+    )
+
+
+def _preview(flags: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from vikhr_t5.data import pipeline, preview, vocabulary
+
+    config = pipeline.DatasetConfig(
+        mixture_or_task_name=flags.mixture,
+        task_feature_lengths={"inputs": flags.inputs, "targets": flags.targets},
+        split=flags.split,
+        batch_size=1,
+        seed=0,
+        module=flags.module,
+        cache_dir=flags.cache_dir,
+        denoisers=flags.denoisers,
+    )
+    preview.preview(config, vocabulary.Vocabulary(_given_vocabulary(flags), flags.extra_ids), flags.n, Console())
+
+
+def _given_vocabulary(flags: argparse.Namespace) -> str:
+    if not flags.vocabulary:
+        raise UserError("no vocabulary: give --vocabulary=spiece.model, or set VIKHR_T5_VOCABULARY")
+    return flags.vocabulary
+
+
+def _convert(flags: argparse.Namespace) -> int:
+    require_own("conversion")
+    from conversion import huggingface
+
+    model = huggingface.export(flags.source, flags.destination, dtype=flags.dtype, max_shard_size=flags.max_shard_size)
+    print(f"written: {flags.destination}")
+    if not flags.verify:
+        return 0
+    from conversion import verify
+
+    return 0 if verify.verify(model, flags.destination) else 1
+
+
+def _report(flags: argparse.Namespace) -> None:
+    from vikhr_t5 import report
+
+    output = flags.output or Path(flags.run_dirs[-1]) / "report.html"
+    report.report(flags.run_dirs, output)
+    print(f"written: {output}")
+
+
+def _vocab_train(flags: argparse.Namespace) -> None:
+    from vikhr_t5.data import vocabulary
+
+    trained = vocabulary.train_vocabulary(
+        [Path(name) for name in flags.input.split(",") if name],
+        flags.output,
+        flags.size,
+        model_type=flags.model_type,
+        character_coverage=flags.character_coverage,
+        max_lines=flags.max_lines,
+    )
+    print(f"written: {flags.output}, {trained.size - trained.extra_ids} pieces (sentinels come on top)")
+
+
+def _use_huge_pages() -> None:
+    """Start this process again with glibc's malloc on transparent huge pages.
+
+    XLA's CPU backend allocates and frees its buffers with malloc at every step. With 4 KiB pages a step of T5 small
+    takes a million page faults, about a fifth of its time; with huge pages, ten thousand (docs/experiments.md).
+    glibc reads the setting at process start only, hence the exec. It keeps the process id, and happens at most once.
+    """
+    tunables, guard = os.environ.get("GLIBC_TUNABLES", ""), "VIKHR_T5_RESTARTED"
+    accelerator = any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("JAX_PLATFORMS") != "cpu"
+    if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables or guard in os.environ or accelerator:
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
+    os.environ[guard] = "1"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags of a command line; `--gin.NAME=VALUE` of `train` go to `bindings`, in their order.
+
+    Raises:
+        UserError: an unknown command or flag, or a flag without its value.
+    """
+    flags, rest = build_parser().parse_known_args(argv)
+    flags.bindings = [a.removeprefix("--gin.") for a in rest if a.startswith("--gin.")] if flags.run is _train else []
+    unknown = [a for a in rest if not (flags.bindings and a.startswith("--gin."))]
+    if unknown:
+        known = [option for action in flags.parser._actions for option in action.option_strings]
+        hint = nearest(unknown[0].split("=")[0], known)
+        raise UserError(f"unknown argument {unknown[0]!r} of {flags.command} ({hint})")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in arguments
+    sys.path.append(os.getcwd())  # last: modules of tasks beside the user's gin files are found, ours stay first
+    try:
+        flags = parse(arguments)
+        if argv is None and flags.run is _train:
+            _use_huge_pages()
+        return flags.run(flags) or 0
+    except KeyboardInterrupt:
+        print("vikhr-t5: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        bad_input = isinstance(error, UserError)
+        message = str(error).split("\n")[0]  # gin appends its own account of the call to further lines
+        name = "" if bad_input else f"{type(error).__name__}: "
+        print(f"vikhr-t5: {name}{message}" + ("" if bad_input else " (run with --debug to see where)"), file=sys.stderr)
+        return 2 if bad_input else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""`vikhr-t5 train --dry_run`: everything resolved, nothing computed; model, data, mesh and memory in one table."""
+
+import contextlib
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
+from vikhr_t5.data.store import CacheMissing, CacheStale, open_cached
+from vikhr_t5.errors import UserError
+from vikhr_t5.progress import human
+from vikhr_t5.train.checkpoints import RestoreCheckpointConfig, find_checkpoint
+from vikhr_t5.train.partitioning import Partitioner
+from vikhr_t5.train.state import EncoderDecoderModel
+
+Rows = list[tuple[str, str]]
+
+
+def show(arguments: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what `train(**arguments)` would do on the devices that are here.
+
+    Raises:
+        UserError: what `train` would refuse before its first step: mesh, batch size, lengths, vocabulary.
+    """
+    model, partitioner = arguments["model"], arguments["partitioner"]
+    config, microbatches = arguments["train_dataset_cfg"], arguments["trainer"].num_microbatches or 1
+    partitioner.check_batch_size(config.batch_size, microbatches)
+    evaluation = arguments.get("train_eval_dataset_cfg")
+    sections: dict[str, Rows] = {
+        "model": _model(model),
+        "data": _data(model, config),
+        "evaluation": _data(model, evaluation) if evaluation else [("none", "")],
+        "run": _run(arguments),
+        "mesh": _mesh(partitioner, config.batch_size, microbatches),
+        "memory of each device": _memory(model, partitioner),
+    }
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, rows in sections.items():
+        table.add_row(f"[bold]{title}[/]", "")
+        for name, value in rows:
+            table.add_row(f"  {name}", value)
+    (console or Console()).print(table)
+
+
+def _model(model: EncoderDecoderModel) -> Rows:
+    c, v = model.config, model.vocabulary
+    ends = f"{'/'.join(c.mlp_activations)}, {'tied' if c.logits_via_embedding else 'untied'}"
+    return [
+        ("parameters", f"{human(c.param_count())} ({c.param_count():,})"),
+        ("layers", f"{c.num_encoder_layers} encoder, {c.num_decoder_layers} decoder"),
+        ("width", f"{c.emb_dim}, {c.num_heads} heads x {c.head_dim}, feed-forward {c.mlp_dim} ({ends})"),
+        ("compute", f"{c.dtype}, remat {c.remat_policy}, dropout {c.dropout_rate:g}"),
+        (
+            "vocabulary",
+            f"{v.size:,} ids ({v.extra_ids} sentinels) in {c.vocab_size:,} rows: {v.sentencepiece_model_file}",
+        ),
+        ("optimizer", str(model.optimizer)),
+    ]
+
+
+def _data(model: EncoderDecoderModel, config: DatasetConfig) -> Rows:
+    lengths = config.task_feature_lengths
+    rows = [
+        ("mixture", f"{config.mixture_or_task_name}/{config.split}"),
+        ("lengths", ", ".join(f"{name} {length}" for name, length in lengths.items())),
+    ]
+    try:
+        open_cached(config.cache_dir, config.mixture_or_task_name, config.split, model.vocabulary.fingerprint())
+    except (CacheMissing, CacheStale) as reason:
+        return [*rows, ("cache", f"{reason}" + ("; `train` caches it first" if config.module else ""))]
+    dataset = open_dataset(config, model.vocabulary)
+    rows.append(
+        ("useful tokens", " and ".join(f"{fill:.1%} of {n}" for fill, n in zip(dataset.fill, lengths, strict=True)))
+    )
+    for task, rate in dataset.row_rates.items():
+        rows.append((task, f"{rate:.1%} of rows; {dataset.num_rows[task]:,} rows in an epoch"))
+    return rows
+
+
+def _run(arguments: Mapping[str, Any]) -> Rows:
+    model, config = arguments["model"], arguments["train_dataset_cfg"]
+    steps = arguments.get("relative_steps") or arguments["total_steps"]
+    inputs, targets = config.task_feature_lengths["inputs"], config.task_feature_lengths["targets"]
+    flops = model.config.flops_per_step(config.batch_size, inputs, targets)
+    positions = config.batch_size * (inputs + targets)
+    return [
+        ("folder", arguments["model_dir"]),
+        ("starts from", _origin(arguments["model_dir"], arguments["checkpoint_cfg"].restore)),
+        (
+            "steps",
+            f"{steps:,} of {config.batch_size} rows = {human(positions)} tokens: {human(steps * positions)} in all",
+        ),
+        ("FLOPs", f"{human(flops)} a step, {human(steps * flops)} in all (matmuls, without recomputation)"),
+    ]
+
+
+def _origin(model_dir: str, restore: RestoreCheckpointConfig | None) -> str:
+    """The loop's precedence: this run's own checkpoint, the initial one, fresh parameters."""
+    for path in (model_dir, restore.path if restore else None):
+        with contextlib.suppress(UserError):
+            if path:
+                return str(find_checkpoint(path))
+    return f"{restore.path}, which is not there yet" if restore and restore.path else "fresh parameters"
+
+
+def _mesh(partitioner: Partitioner, batch_size: int, microbatches: int) -> Rows:
+    mesh, device = partitioner.mesh, jax.devices()[0]
+    rows = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]) // microbatches
+    return [
+        ("devices", f"{jax.device_count()} {device.device_kind}"),
+        ("axes", ", ".join(f"{name} {size}" for name, size in mesh.shape.items())),
+        ("rows on each", f"{rows}" + (f" in each of {microbatches} microbatches" if microbatches > 1 else "")),
+    ]
+
+
+def memory(model: EncoderDecoderModel, partitioner: Partitioner) -> dict[str, int]:
+    """Bytes of "parameters", "gradients" and "optimizer" on one device, from their shapes and shardings."""
+    state = model.abstract_state()
+    shardings = partitioner.shardings(model.state_axes(), state)
+    params = _bytes(state.params, shardings.params)
+    return {"parameters": params, "gradients": params, "optimizer": _bytes(state.opt_state, shardings.opt_state)}
+
+
+def _memory(model: EncoderDecoderModel, partitioner: Partitioner) -> Rows:
+    parts = memory(model, partitioner)
+    rows = [(name, f"{human(size)}B") for name, size in {**parts, "together": sum(parts.values())}.items()]
+    return [*rows, ("on top", "activations and logits of one microbatch")]
+
+
+def _bytes(shapes: Any, shardings: Any) -> int:
+    def size(shape: Any, sharding: Any) -> int:
+        return prod(sharding.shard_shape(shape.shape)) * np.dtype(shape.dtype).itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, shapes, shardings)))

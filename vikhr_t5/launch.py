@@ -1,0 +1,275 @@
+"""gin: files, search paths, overrides, the configuration's text. The only place that parses gin.
+
+A launch is `load(files, bindings, search_paths)`, then `arguments(function)`: what gin binds to the function's
+parameters, evaluated. Classes and functions become configurable by gin's dynamic registration, from the import lines
+of the gin files; the code that is configured knows nothing of gin. What gin offers no way to ask for (its tables of
+bindings and of registered names) is read from its module, `gin.config`.
+"""
+
+import contextlib
+import difflib
+import inspect
+import io
+import os
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gin.config
+
+from vikhr_t5 import t5x_dialect
+from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.packages import require_own
+
+_INCLUDE = re.compile(r"^(?P<head>\s*include\s+)(?P<quote>['\"])(?P<name>[^'\"]+)(?P=quote)(?P<rest>.*)$", re.DOTALL)
+_LOCATION = re.compile(r'\n  In (?:file "(?P<file>.*?)",|bindings string) line (?P<line>\d+)')
+# What may stand on the command line without inner quotes: /a/b, ./a, ../a, ~/a, a/b, gs://a/b.
+_PATH_VALUE = re.compile(r"^(?:(?:~|\.{1,2})?/|[A-Za-z_][\w.+-]*:?/)\S*$")
+
+
+def gin_folder() -> Path:
+    """The folder of our own gin files: `gin/` of the repository, or inside the installed package."""
+    package = Path(__file__).resolve().parent
+    return package / "gin" if (package / "gin").is_dir() else package.parent / "gin"
+
+
+class _Files:
+    """Finds and reads gin files: resolves includes, rewrites t5x's import lines, knows which file is being read."""
+
+    def __init__(self, search_paths: Sequence[str]):
+        self.search_paths = [Path(p).expanduser() for p in search_paths]
+        self.open_files: list[Path] = []
+
+    def folders(self, beside: Path | None = None) -> list[Path]:
+        """Where a relative name is looked for, in order."""
+        return [Path(), *([beside] if beside else []), *self.search_paths, gin_folder()]
+
+    def find(self, name: str, including: Path | None = None, line: int = 0) -> Path:
+        path = Path(name).expanduser()
+        folders = [Path("/")] if path.is_absolute() else self.folders(including.parent if including else None)
+        for folder in folders:
+            if (folder / path).is_file():
+                return (folder / path).absolute()
+        where = f"{_shown(including)}:{line}: " if including else ""
+        known = [str(p.relative_to(f)) for f in {gin_folder(), *self.search_paths} for p in f.rglob("*.gin")]
+        searched = ", ".join(dict.fromkeys(str(f.absolute()) for f in folders))
+        raise UserError(f"{where}gin file {name!r} was not found in {searched} ({nearest(name, known)})")
+
+    @contextlib.contextmanager
+    def read(self, name: str) -> Iterator[io.StringIO]:
+        """gin's file reader: the file's text with includes made absolute and t5x's modules replaced."""
+        path = Path(name)
+        if path in self.open_files:
+            raise UserError(f"{_shown(path)} includes itself, through {_shown(self.open_files[-1])}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{_shown(path)} cannot be read as UTF-8 text: {error}") from None
+        lines = [self._rewrite(line, path, i) for i, line in enumerate(text.splitlines(keepends=True), start=1)]
+        handle = io.StringIO("".join(lines))
+        handle.name = str(path)  # gin's messages show it
+        self.open_files.append(path)
+        yield handle
+        self.open_files.pop()  # after an error it stays, and tells which file was being read
+
+    def _rewrite(self, line: str, path: Path, number: int) -> str:
+        include = _INCLUDE.match(line)
+        if include:
+            target = self.find(include["name"], path, number)
+            return f"{include['head']}{str(target)!r}{include['rest']}"
+        try:
+            return t5x_dialect.rewrite_import(line)
+        except UserError as error:
+            raise UserError(f"{_shown(path)}:{number}: {error}") from None
+
+
+def _shown(path: Path | str) -> str:
+    """A path as people know it: relative to the working folder where it lies inside."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+_reading = _Files([])
+# Ours alone: gin's own would take files past it, and logs an error for each file that another reader opens.
+gin.config._FILE_READERS[:] = [(lambda name: _reading.read(name), os.path.isfile)]
+
+
+def load(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> None:
+    """Parse gin files in order, then the command line's `NAME=VALUE` bindings, and check that nothing is missing.
+
+    Replaces whatever was loaded before. gin's configuration is locked afterwards.
+
+    Raises:
+        UserError: a file is missing or malformed, a name is unknown, a value is not a gin value, or a required
+            macro has no value; says which file and line, or which flag.
+    """
+    global _reading
+    _reading = _Files(search_paths)
+    gin.config.clear_config()
+    for name in files:
+        path = _reading.find(name)
+        try:
+            gin.config.parse_config_file(str(path))
+        except Exception as error:
+            _explain(error, _shown(_reading.open_files[-1] if _reading.open_files else path))
+    macros = _macros()
+    for binding in bindings:
+        _bind(binding, macros)
+    _check_complete()
+    gin.config.finalize()
+
+
+def arguments(function: Callable[..., Any], supplied: Sequence[str] = ()) -> dict[str, Any]:
+    """What the loaded gin files bind to `function`'s parameters, references evaluated.
+
+    Args:
+        function: is called by the caller, with these arguments and a few of its own.
+        supplied: the names of those few.
+
+    Raises:
+        UserError: the files do not configure the function, or leave one of its parameters without a value.
+    """
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    configurable = gin.config._inverse_lookup(function)
+    if configurable is None:
+        raise UserError(f"no gin file binds {name}: include 'runs/pretrain.gin' or 'runs/finetune.gin'")
+    try:
+        values = gin.config.get_bindings(function)
+    except (TypeError, ValueError) as error:  # a constructor refused what is bound to it
+        raise UserError(_refused(error)) from error
+    missing = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.name not in (*values, *supplied)
+    ]
+    if missing:
+        raise UserError(f"{name} needs {', '.join(missing)}: bind {', '.join(f'{name}.{m}' for m in missing)}")
+    # gin's operative configuration records what is called through gin. The function is called by us: record it here.
+    defaults = gin.config._get_default_configurable_parameter_values(function, None, supplied)
+    operative = defaults | gin.config.get_bindings(function, resolve_references=False)
+    gin.config._OPERATIVE_CONFIG[("", configurable.selector)] = operative
+    return values
+
+
+def config_text() -> str:
+    """The operative configuration: every value that `arguments` used, defaults too, as one gin file.
+
+    Loading it gives the same arguments, whatever becomes of the defaults.
+    """
+    # gin evaluates a macro in a scope of the macro's name, and records what the macro builds under that scope
+    # (MODEL/network.T5Config): a binding of network.T5Config over the file would then silently do nothing.
+    macros, operative = _macros(), dict[tuple[str, str], dict[str, Any]]()
+    for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():
+        if selector != "gin.macro":
+            scope = "/".join(name for name in scope.split("/") if name not in macros)
+        operative.setdefault((scope, selector), {}).update(values)
+    return gin.config._config_str(operative, max_line_length=120)
+
+
+def _macros() -> set[str]:
+    """Names of the macros that the loaded files set or use."""
+    bound = {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}
+    return bound | {repr(r)[1:] for r in gin.config.iterate_references(gin.config._CONFIG) if repr(r).startswith("%")}
+
+
+def _bind(binding: str, macros: set[str]) -> None:
+    """One `NAME=VALUE` of the command line. A path may stand without inner quotes; any other string needs them."""
+    name, equals, value = binding.partition("=")
+    flag = f"--gin.{binding}"
+    if not equals or not value.strip():
+        raise UserError(f"{flag}: write --gin.NAME=VALUE")
+    if "." not in name and name not in macros:
+        raise UserError(f"{flag}: unknown macro {name} ({nearest(name, macros - {'gin.REQUIRED'})})")
+    if _PATH_VALUE.match(value):
+        value = repr(os.path.expanduser(value))
+    try:
+        gin.config.parse_config(f"{name} = {value}")
+    except (SyntaxError, tokenize.TokenError):
+        python = {"true": "True", "false": "False", "none": "None"}.get(value.lower())
+        instead = f"--gin.{name}={python}" if python else f"""--gin.{name}="'{value}'" where a string is meant"""
+        raise UserError(f"{flag}: the value is not a gin (Python) value; write {instead}") from None
+    except Exception as error:
+        _explain(error, flag)
+
+
+def _check_complete() -> None:
+    """No macro that must be given, or that is used, is left without a value."""
+    config = gin.config._CONFIG
+    required = [
+        scope if selector == "gin.macro" else f"{scope}{'/' if scope else ''}{_short(selector)}.{parameter}"
+        for (scope, selector), values in config.items()
+        for parameter, value in values.items()
+        if repr(value) == "%gin.REQUIRED"
+    ]
+    if required:
+        flags = " ".join(f"--gin.{name}=…" for name in required)
+        raise UserError(f"required by the gin files and not given: {', '.join(required)}; add {flags}")
+    for reference in gin.config.iterate_references(config):
+        name = repr(reference)[1:]
+        if repr(reference).startswith("%") and name != "gin.REQUIRED" and reference.config_key not in config:
+            hint = "include a file of models/, or " if name == "MODEL" else ""
+            raise UserError(f"macro {name} is used and never set: {hint}add --gin.{name}=…")
+
+
+def _short(selector: str) -> str:
+    return ".".join(selector.split(".")[-2:])
+
+
+def _explain(error: Exception, source: str) -> NoReturn:
+    """Turn what gin raised while parsing `source` (a file, or a flag) into one line with the place and a way out."""
+    text = str(error)
+    message = text.split("\n")[0]
+    located = _LOCATION.search(text)
+    place = f"{_shown(located['file'])}:{located['line']}" if located and located["file"] else source
+    if isinstance(error, UserError):
+        # One of ours knows its place already, unless it came out of a name that gin looked up.
+        raise UserError(f"{place}: {message}" if located and not re.match(r"\S+:\d+: ", message) else message) from None
+    if isinstance(error, SyntaxError):
+        place = f"{_shown(error.filename)}:{error.lineno}" if error.filename else source
+        raise UserError(f"{place}: gin syntax error: {(error.msg or '').splitlines()[0].rstrip('.')}") from None
+    if isinstance(error, tokenize.TokenError):
+        line = error.args[1][0]
+        raise UserError(f"{place}:{line}: gin syntax error: {error.args[0]} (an unclosed bracket?)") from None
+    raise UserError(f"{place}: {_reword(error, message)}") from None
+
+
+def _reword(error: Exception, message: str) -> str:
+    """gin's message about a name, with the nearest names that would do."""
+    if match := re.match(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message):
+        selector, parameter = match.groups()
+        target = inspect.unwrap(gin.config._REGISTRY.get_match(selector).wrapped)
+        return f"{selector} has no parameter {parameter} ({nearest(parameter, inspect.signature(target).parameters)})"
+    if match := re.match(
+        r"No configurable matching (?:reference )?'@?(.+?)(?:\(\))?'|'(.+)' was not provided by an import", message
+    ):
+        if match[2]:
+            return f"{match[2]!r} is not imported by this file: add its import line (`from package import {match[2]}`)"
+        return f"unknown configurable {match[1]} ({_nearest_selector(match[1])})"
+    if match := re.match(r"Couldn't resolve selector (.+?); <module '(.+?)'.* has no attribute (\w+)", message):
+        names = [name for name in vars(sys.modules[match[2]]) if not name.startswith("_")]
+        return f"{match[1]}: the module {match[2]} has no {match[3]} ({nearest(match[3], names)})"
+    if isinstance(error, ImportError):
+        module = re.search(r"No module named '([\w.]+)'", message)
+        try:
+            require_own(module and module[1])
+        except UserError as hidden:
+            return str(hidden)
+        return f"cannot import: {message}"
+    return message
+
+
+def _refused(error: Exception) -> str:
+    """What a configurable raised when it was called with its bindings; gin has appended which one it was."""
+    message, *calls = str(error).split("\n  In call to configurable ")
+    where = re.match(r"'(.+?)'", calls[0]) if calls else None
+    return (f"the bindings of {where[1]} do not suit it: " if where else "") + message.split("\n")[0]
+
+
+def _nearest_selector(selector: str) -> str:
+    known = {_short(s) for s, _ in gin.config._REGISTRY.items() if not s.startswith("gin.")}
+    last = {s.rpartition(".")[2]: s for s in known}
+    close = difflib.get_close_matches(selector.rpartition(".")[2], last, n=3, cutoff=0.5)
+    return "nearest: " + ", ".join(last[c] for c in close) if close else nearest(selector, known)
