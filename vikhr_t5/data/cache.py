@@ -43,8 +43,9 @@ from vikhr_t5.progress import Progress, human
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TensorFlow warns of missing GPUs, which caching does not use: in C++, by file descriptor, whatever the level."""
+    """Caching needs no GPU: TensorFlow must neither take one nor warn (in C++, whatever the level) that there is none."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,0 +1,187 @@
+"""Exported folders: loaded by transformers, verified, sharded, atomic; and what is refused."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from rich.console import Console
+from safetensors import safe_open
+
+from conversion import huggingface, names, safetensors, verify
+from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.errors import UserError
+from vikhr_t5.train.checkpoints import SavedModel
+
+Make = Callable[..., SavedModel]
+LINES = verify.LINES[:4]
+FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "fields"),
+    [
+        ("v1.0", "float32", {}),
+        ("v1.1", "float32", {}),
+        ("v1.1", "bfloat16", {"vocab_size": 2048}),
+        ("v1.1", "float32", {"mlp_activations": ("silu", "linear"), "num_encoder_layers": 3, "num_decoder_layers": 1}),
+        ("v1.0", "float32", {"mlp_activations": ("gelu",), "logits_via_embedding": False}),
+        ("v1.1", "float32", {"logits_via_embedding": True}),
+    ],
+)
+def test_transformers_computes_the_same(
+    make_model: Make, tmp_path: Path, variant: str, dtype: str, fields: dict
+) -> None:
+    model = make_model(variant, **fields)
+    huggingface.write_model(model, tmp_path / "out", dtype, 10**9)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    measured = verify.measure(model, tmp_path / "out", LINES)
+    assert measured.logit_difference <= 1e-4
+    assert measured.largest_logit > 1
+    assert all(measured.checks().values()), measured
+
+
+def test_verification_finds_a_wrong_weight(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("v1.1")
+    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
+    model.params["decoder"]["layers"]["self_attention"]["key"]["kernel"][1, 3, 5] += 0.05
+    with open(os.devnull, "w") as sink:
+        assert not verify.verify(model, tmp_path / "out", console=Console(file=sink))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_verification_prints_a_table(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("v1.0")
+    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
+    console = Console(record=True, width=120)
+    assert verify.verify(model, tmp_path / "out", LINES, console)
+    text = console.export_text()
+    for shown in ("logits", "loss", "greedy tokens", "token ids", "4 of 4 equal", "ok"):
+        assert shown in text
+
+
+def test_rows_past_the_vocabulary_are_never_generated(make_model: Make, unigram: Vocabulary, tmp_path: Path) -> None:
+    model = make_model("v1.1")
+    rows = unigram.padded_size
+    assert rows > unigram.size
+    model.params["decoder"]["logits_dense"]["kernel"][:, unigram.size :] *= 50
+    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    generated = theirs.generate(torch.tensor([[5, 6, 7, 1]]), max_new_tokens=20, do_sample=False)
+    assert generated.max() < unigram.size
+    assert verify.measure(model, tmp_path / "out", LINES).greedy_equal == len(LINES)
+
+
+def test_shards_hold_every_array_and_their_index(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("v1.1")
+    huggingface.write_model(model, tmp_path / "one", "float32", 10**9)
+    huggingface.write_model(model, tmp_path / "many", "float32", 100_000)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * model.config.param_count()
+    assert len(set(index["weight_map"].values())) > 3
+    expected = dict(names.to_huggingface(model.params, model.config))
+    assert set(index["weight_map"]) == set(expected)
+    with safe_open(tmp_path / "one" / "model.safetensors", "numpy") as whole:
+        assert set(whole.keys()) == set(expected)
+        for name, file in index["weight_map"].items():
+            with safe_open(tmp_path / "many" / file, "numpy") as shard:
+                np.testing.assert_array_equal(shard.get_tensor(name), expected[name])
+                np.testing.assert_array_equal(whole.get_tensor(name), expected[name])
+    loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "many").state_dict()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(loaded[name].numpy(), value)
+
+
+def test_bfloat16_is_rounded_to_nearest(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("v1.0")
+    huggingface.write_model(model, tmp_path / "out", "bfloat16", 10**9)
+    stored = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert stored.dtype == torch.bfloat16
+    expected = model.params["token_embedder"]["embedding"].astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(stored.shared.weight.detach().float().numpy(), expected)
+
+
+def test_saved_again_by_transformers_it_computes_the_same(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("v1.1")
+    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
+    transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert all(verify.measure(model, tmp_path / "again", LINES).checks().values())
+
+
+def test_an_interrupted_export_leaves_nothing(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("v1.1")
+    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    first = list(names.to_huggingface(model.params, model.config))[:3]
+
+    def interrupted(*args: object) -> Iterator[tuple[str, np.ndarray]]:
+        yield from first
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface.names, "to_huggingface", interrupted)
+    for name in ("out", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            huggingface.write_model(model, tmp_path / name, "bfloat16", 10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_is_said(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(safetensors.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="GB are free"):
+        huggingface.write_model(make_model("v1.0"), tmp_path / "out", "float32", 10**9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused(make_model: Make, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    with pytest.raises(UserError, match="holds no exported model"):
+        huggingface.export(tmp_path / "run", tmp_path / "mine")
+    with pytest.raises(UserError, match="dtype 'float16'"):
+        huggingface.export(tmp_path / "run", tmp_path / "out", dtype="float16")
+    with pytest.raises(UserError, match="max_shard_size 'big'"):
+        huggingface.export(tmp_path / "run", tmp_path / "out", max_shard_size="big")
+    with pytest.raises(UserError, match="no such folder"):
+        huggingface.export(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(UserError, match="UMT5"):
+        huggingface.write_model(make_model("v1.1", relative_bias_per_layer=True), tmp_path / "out", "float32", 10**9)
+    with pytest.raises(UserError, match="trained with another vocabulary"):
+        huggingface.write_model(make_model("v1.1", vocab_size=1024), tmp_path / "out", "float32", 10**9)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("size", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), (7, 7), ("300", 300)])
+def test_sizes(size: int | str, count: int) -> None:
+    assert safetensors.parse_size(size) == count
+
+
+def test_card_and_configuration(make_model: Make, unigram: Vocabulary, tmp_path: Path) -> None:
+    model = make_model("v1.1")
+    huggingface.write_model(model, tmp_path / "my-t5", "float32", 10**9)
+    card = (tmp_path / "my-t5" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for said in ("# my-t5", "1,000 steps", "`[NLU]`", f"{unigram.size:,} ids", 'from_pretrained("my-t5")'):
+        assert said in card
+    config = json.loads((tmp_path / "my-t5" / "config.json").read_text())
+    assert (config["tie_word_embeddings"], config["feed_forward_proj"]) == (False, "gated-gelu")
+    assert [config[f"{name}_token_id"] for name in ("decoder_start", "pad", "eos")] == [0, 0, 1]

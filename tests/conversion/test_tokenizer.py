@@ -1,0 +1,210 @@
+"""tokenizer.json beside the SentencePiece model: the same ids on the whole embedded corpus and on hard strings."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2 as proto
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from conversion import charsmap, tokenizer
+from vikhr_t5.data.vocabulary import Vocabulary, train_vocabulary
+from vikhr_t5.errors import UserError
+
+HARD = [
+    "",
+    " ",
+    "   \t\n ",
+    "  два  пробела   и в конце  ",
+    "\tтабуляция\tи\r\nстроки\n\n",
+    "Ёж ещё ёлка Е\u0308ж и\u0306од",
+    "за\u0301мок и замо\u0301к, её\u0301 е\u0308\u0301",
+    "z\u0337\u0322\u0349a\u0327\u0301l\u0489g\u0336\u0341o\u0345",
+    "e\u0302\u0301 a\u0323\u0302 a\u0302\u0323 \u1ea1\u0302 \u212b \u03d3\u0308",
+    "½\u0301 ﬁ\u0301 ª\u0300 №\u0308 ①\u20dd",
+    "🙂 👩‍👩‍👧‍👦 🇷🇺 ☝🏽 ❤️ 🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+    "№ ™ … ﬀ Ｆｕｌｌ ㎏ Ⅷ x² 10⁻³ ﷺ",
+    "a\u00a0b\u2003c\u3000d\u200be\u200d\u200cf\ufeffg\u00adh",
+    "\ufeffначало файла",
+    "\u0001\u0002без\u0000 управляющих\u007f",
+    "漢字とカタカナ ｶﾞ ﾊﾟ 한국어 \u1112\u1161\u11ab \u3131\u314f",
+    "مرحبا שלום नमस्ते สวัสดี",
+    "▁ уже ▁▁ подчёркнуто ▁",
+    "<0x41> <0xD0> <0x0A>",
+    "3,14159 и 1234567890",
+    "https://пример.рф/путь?а=б&в=г#д",
+    "<extra_id_0> начало, середина <extra_id_1> и конец <extra_id_299>",
+    "<extra_id_7>",
+    "  <extra_id_7>  <extra_id_8>да <extra_id_9>.",
+    "<extra_id_300> <extra_id_> <extra_id_01> <EXTRA_ID_1>",
+    "[NLU] понять",
+    "дальше [S2S] и <LM>, <SC1><SC6>",
+    " [NLG]слитно<SC2>с <extra_id_3> текстом [NLU] ",
+    "[NLU][NLU] [nlu]",
+    "a" * 300,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported")
+    tokenizer.write(vocabulary, path)
+    # What AutoTokenizer asks of a model folder.
+    (path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> AutoTokenizer:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_every_line_of_the_corpus(exported: AutoTokenizer, vocabulary: Vocabulary, corpus: list[str]) -> None:
+    for line, ids in zip(corpus, exported(corpus).input_ids, strict=True):
+        assert ids == [*vocabulary.encode(line), vocabulary.eos_id], line
+
+
+@pytest.mark.parametrize("text", HARD, ids=ascii)
+def test_hard_strings(exported: AutoTokenizer, vocabulary: Vocabulary, text: str) -> None:
+    assert exported(text).input_ids == [*vocabulary.encode(text), vocabulary.eos_id]
+
+
+def test_decoding(exported: AutoTokenizer, vocabulary: Vocabulary, corpus: list[str]) -> None:
+    space, word = vocabulary.encode("я ⁂")[-4:-3], vocabulary.encode("в")
+    for ids in [*map(vocabulary.encode, [*corpus[::50], *HARD]), [*space, *space, *word], [*word, *space]]:
+        assert exported.decode(ids) == vocabulary.decode(ids)
+        assert exported(exported.decode(ids)).input_ids[:-1] == vocabulary.encode(vocabulary.decode(ids))
+
+
+def test_sentinels_and_mode_tokens(exported: AutoTokenizer, vocabulary: Vocabulary) -> None:
+    assert len(exported) == vocabulary.size
+    assert exported.convert_tokens_to_ids("<extra_id_0>") == vocabulary.size - 1 == max(exported.get_vocab().values())
+    assert exported.convert_tokens_to_ids("<extra_id_299>") == vocabulary.sentinel(299)
+    for name in vocabulary.mode_tokens:
+        assert exported.convert_tokens_to_ids(name) == vocabulary.mode_id(name)
+    assert (exported.pad_token_id, exported.eos_token_id, exported.unk_token_id) == (0, 1, 2)
+    named = ["<pad>", "</s>", "<unk>", *vocabulary.mode_tokens, *(f"<extra_id_{i}>" for i in range(300))]
+    assert sorted(exported.all_special_tokens) == sorted(named)
+    ids = [vocabulary.mode_id("[NLU]"), *vocabulary.encode("Это <extra_id_0> так."), 1, 0, 0]
+    assert exported.decode(ids, skip_special_tokens=True) == "Это так."
+
+
+def test_a_sentinel_needs_no_space_before_it(exported: AutoTokenizer, vocabulary: Vocabulary) -> None:
+    ids = exported("Москва (<extra_id_0>) — столица.").input_ids
+    assert ids[:-1] == [*vocabulary.encode("Москва ("), vocabulary.sentinel(0), *_inside(vocabulary, ") — столица.")]
+
+
+def test_saved_again_by_transformers(exported: AutoTokenizer, tmp_path: Path) -> None:
+    exported.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(HARD).input_ids == exported(HARD).input_ids
+
+
+def test_a_pair_of_texts_ends_twice(exported: AutoTokenizer, vocabulary: Vocabulary) -> None:
+    first, second = vocabulary.encode("первый"), vocabulary.encode("второй")
+    assert exported("первый", "второй").input_ids == [*first, 1, *second, 1]
+
+
+MARKS = [chr(code) for code in (*range(0x300, 0x30D), 0x31B, 0x323, 0x327, 0x328, 0x338, 0x345, 0x20DD, 0x3099)]
+TOKENS = [" <extra_id_0>", " <extra_id_299>", "[NLU]", " [S2S] ", "<SC1>", "<0x41>", " ", "  ", "\n"]
+
+
+def _pieces() -> st.SearchStrategy[str]:
+    known = st.characters(codec="utf-8", exclude_categories=("Cs", "Cn", "Co"))
+    decomposed = st.sampled_from("ёйЁЙéấềộšçñöå한국").map(lambda c: unicodedata.normalize("NFD", c))
+    words = st.sampled_from(["файл", "Ёлка", "щёлкнуть", "—", "«да»", "LibreOffice", "½", "ﬁ", "№"])
+    return st.one_of(words, st.sampled_from(TOKENS), st.sampled_from(MARKS), decomposed, known)
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts=st.lists(_pieces(), max_size=10))
+def test_any_text(exported: AutoTokenizer, vocabulary: Vocabulary, parts: list[str]) -> None:
+    text = "".join(parts)
+    if text.split() and [text.strip()] == [name for name in vocabulary.mode_tokens if name == text.strip()]:
+        return  # nothing but a mode token: see conversion/tokenizer.py
+    if ">\u0338" in text:
+        return  # the mark would join the sign that ends a sentinel
+    assert exported(text).input_ids == [*vocabulary.encode(text), vocabulary.eos_id]
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nmt_nfkc_cf"])
+def test_character_maps(rule: str) -> None:
+    """Each single code point, longer sources of the map, and the hard strings; spaces are squeezed by a later step."""
+    model = proto.ModelProto()
+    theirs = sentencepiece.SentencePieceNormalizer(rule_name=rule)
+    model.ParseFromString(theirs.serialized_model_proto())
+    ours = _normalizer(charsmap.normalizers(model))
+    longer = [source for source, _ in theirs.Decompile() if len(source) > 1 and ord(max(source)) < 0x10000]
+    if rule.endswith("_cf"):  # see conversion/charsmap.py
+        longer = [source for source in longer if "\u0345" not in source and "\u0307" not in source]
+    never_text = (*range(0xD800, 0xE000), *range(0xFDD0, 0xFDF0))
+    texts = [chr(code) for code in range(1, 0x30000) if code not in never_text] + longer[::7] + HARD
+    assert [text for text in texts if _squeezed(ours(text)) != _squeezed(theirs.Normalize(text))] == []
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(" +", " ", text)
+
+
+def _normalizer(steps: Sequence[dict]):  # type: ignore[no-untyped-def]
+    whole = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    whole["normalizer"] = {"type": "Sequence", "normalizers": list(steps)}
+    return Tokenizer.from_str(json.dumps(whole)).normalizer.normalize_str
+
+
+@pytest.mark.parametrize("setting", ["precompiled_charsmap", "add_dummy_prefix", "remove_extra_whitespaces"])
+def test_other_settings_of_sentencepiece(vocabulary: Vocabulary, tmp_path: Path, setting: str) -> None:
+    model = proto.ModelProto.FromString(vocabulary.model_bytes)
+    setattr(model.normalizer_spec, setting, b"" if setting == "precompiled_charsmap" else False)
+    (tmp_path / "spiece.model").write_bytes(model.SerializeToString())
+    changed = Vocabulary(str(tmp_path / "spiece.model"), 300)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.tokenizer_json(changed)))
+    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in HARD:
+        if setting == "add_dummy_prefix" and text.lstrip().startswith("<extra_id_"):
+            continue  # a sentinel without a space before it
+        assert ours.encode(text).ids[:-1] == changed.encode(text), text
+        assert ours.decode(changed.encode(text), skip_special_tokens=False) == changed.decode(changed.encode(text))
+
+
+def test_a_piece_with_its_space_is_a_mode_token_without_one(corpus: list[str], tmp_path: Path) -> None:
+    vocabulary = train_vocabulary(corpus[:2000], tmp_path / "a.model", 1000, mode_tokens=("▁[NLU]",))
+    tokenizer.write(vocabulary, tmp_path)
+    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("[NLU]", "[NLU] понять", " что [NLU] понять <extra_id_0>"):
+        assert ours.encode(text).ids[:-1] == vocabulary.encode(text)
+    assert ours.encode("[NLU]").tokens == ["[NLU]", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda model: setattr(model.trainer_spec, "model_type", proto.TrainerSpec.WORD), "WORD"),
+        (lambda model: setattr(model.normalizer_spec, "escape_whitespaces", False), "escape_whitespaces"),
+        (lambda model: setattr(model.trainer_spec, "treat_whitespace_as_suffix", True), "treat_whitespace_as_suffix"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(unigram: Vocabulary, tmp_path: Path, change, named: str) -> None:  # type: ignore[no-untyped-def]
+    model = proto.ModelProto.FromString(unigram.model_bytes)
+    change(model)
+    (tmp_path / "a.model").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=named):
+        tokenizer.tokenizer_json(Vocabulary(str(tmp_path / "a.model"), 10))
+
+
+def test_rules_of_its_own_are_refused(unigram: Vocabulary) -> None:
+    own = sentencepiece.SentencePieceNormalizer(norm_map=[("км", "километр"), ("a", "b")])
+    with pytest.raises(UserError, match="'км' -> 'километр'"):
+        charsmap.normalizers(proto.ModelProto.FromString(own.serialized_model_proto()))
+
+
+def _inside(vocabulary: Vocabulary, text: str) -> list[int]:
+    """Ids of a text that continues another."""
+    return vocabulary.encode("x" + text)[len(vocabulary.encode("x")) :]
