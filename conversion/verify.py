@@ -4,9 +4,11 @@ B batch, S source length, T target length, V vocabulary.
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from conversion.safetensors import DTYPES
 from vikhr_t5.data.vocabulary import Vocabulary
@@ -49,6 +52,7 @@ class Measured(NamedTuple):
     greedy_equal: int  # lines with the same greedy tokens, up to ties
     tokenized_equal: int  # lines with the same ids
     lines: int
+    answers: list[tuple[str, str, str]]  # of each pair: input, ours, theirs
 
     def checks(self) -> dict[str, bool]:
         """Each comparison by name; all must be true (a comparison with NaN is not)."""
@@ -64,6 +68,7 @@ def verify(
     model: SavedModel,
     folder: str | os.PathLike[str],
     lines: Sequence[str] | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
     console: Console | None = None,
 ) -> bool:
     """Compares, prints a table, and says whether all is equal. Deletes nothing.
@@ -71,13 +76,14 @@ def verify(
     Args:
         model: as `huggingface.export` returned it, or `checkpoints.read_params` of the same source.
         folder: the exported model.
-        lines: texts to compare on, one example each; eight sentences where None.
+        lines: texts to compare on, with a blank in the middle of each; eight sentences where None.
+        pairs: (input, target) to compare on, too; what either side answers is printed (see `held_out`).
         console: where the table goes; standard output where None.
 
     Raises:
         UserError: transformers or torch is not installed, or a file of `folder` cannot be loaded.
     """
-    measured = measure(model, folder, lines or LINES)
+    measured = measure(model, folder, lines or LINES, pairs)
     checks = measured.checks()
     table = Table(title=f"{folder} beside the checkpoint, {measured.lines} texts, float32")
     for column in ("", "vikhr-t5", "transformers", "difference", "allowed", ""):
@@ -91,20 +97,43 @@ def verify(
     }
     for name, good in checks.items():
         table.add_row(name, *cells[name], "[green]ok[/]" if good else "[bold red]differs[/]")
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    if measured.answers:
+        answers = Table("held-out input", "vikhr-t5", "transformers", title="Greedy answers", show_lines=True)
+        for answer in measured.answers:
+            answers.add_row(*(Text(text) for text in answer))
+        console.print(answers)
     return all(checks.values())
 
 
-def measure(model: SavedModel, folder: str | os.PathLike[str], lines: Sequence[str]) -> Measured:
+def held_out(source: str | os.PathLike[str], most: int = 8) -> list[tuple[str, str]]:
+    """(input, target) of the examples that a run decoded at its last evaluation, from `samples.jsonl` in its folder.
+
+    Texts with sentinels are left out: where one is glued to a word, text does not say how it was tokenized.
+    """
+    file = Path(source) / "samples.jsonl"
+    if not file.exists():
+        return []
+    samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    last = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+    return [(s["input"], s["target"]) for s in last if "<extra_id_" not in s["input"]][:most]
+
+
+def measure(
+    model: SavedModel, folder: str | os.PathLike[str], lines: Sequence[str], pairs: Sequence[tuple[str, str]] = ()
+) -> Measured:
     """The comparison itself. Our weights are rounded to the folder's dtype first, and both sides compute in float32."""
+    texts = [*lines, *(text for text, _ in pairs)]
     tokenizer, theirs = _load(folder)
     stored = DTYPES[str(theirs.config.dtype_of_files)][1]
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(stored).astype(np.float32), model.params)
     config = dataclasses.replace(model.config, dtype="float32", dropout_rate=0.0, remat_policy="none")
     vocabulary = Vocabulary(os.fspath(model.vocabulary_file), model.extra_ids)
-    encoded = [vocabulary.encode(line) for line in lines]
-    tokenized = tokenizer(list(lines)).input_ids
-    inputs, targets = _examples(encoded, vocabulary)
+    encoded = [vocabulary.encode(text) for text in texts]
+    tokenized = tokenizer(texts).input_ids
+    asked = [(vocabulary.encode(text), vocabulary.encode(target)) for text, target in pairs]
+    inputs, targets = _examples(encoded[: len(lines)], asked, vocabulary)
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(_logits(params, config, inputs, _shifted(targets), targets))
         generated = np.asarray(
@@ -128,12 +157,19 @@ def measure(model: SavedModel, folder: str | os.PathLike[str], lines: Sequence[s
         their_loss=_loss(their_logits[real], targets[real]),
         greedy_equal=sum(equal),
         tokenized_equal=sum([*o, vocabulary.eos_id] == t for o, t in zip(encoded, tokenized, strict=True)),
-        lines=len(lines),
+        lines=len(texts),
+        answers=[
+            (text, *(vocabulary.decode(side[len(lines) + i].tolist()) for side in (generated, their_generated)))
+            for i, (text, _) in enumerate(pairs)
+        ],
     )
 
 
-def _examples(encoded: Sequence[list[int]], vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """The middle third of each text as a blank to fill: int32 inputs [B, S] and targets [B, T], ending in EOS."""
+def _examples(
+    encoded: Sequence[list[int]], pairs: Sequence[tuple[list[int], list[int]]], vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray]:
+    """The middle third of each text as a blank to fill, then the pairs: int32 inputs [B, S] and targets [B, T]. All end
+    in EOS."""
     blank = [vocabulary.sentinel(0)] if vocabulary.extra_ids else []
     inputs, targets = [], []
     for ids in encoded:
@@ -141,6 +177,9 @@ def _examples(encoded: Sequence[list[int]], vocabulary: Vocabulary) -> tuple[np.
         start, stop = len(ids) // 3, -(-2 * len(ids) // 3)
         inputs.append([*ids[:start], *blank, *ids[stop:], vocabulary.eos_id])
         targets.append([*blank, *ids[start:stop], vocabulary.eos_id])
+    for asked, answer in pairs:
+        inputs.append([*asked[:_LONGEST], vocabulary.eos_id])
+        targets.append([*answer[:_LONGEST], vocabulary.eos_id])
     return _padded(inputs), _padded(targets, at_least=_GENERATED)
 
 

@@ -213,7 +213,7 @@ def _convert(flags: argparse.Namespace) -> int:
         return 0
     from conversion import verify
 
-    return 0 if verify.verify(model, flags.destination) else 1
+    return 0 if verify.verify(model, flags.destination, pairs=verify.held_out(flags.source)) else 1
 
 
 def _report(flags: argparse.Namespace) -> None:

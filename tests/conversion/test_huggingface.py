@@ -20,6 +20,7 @@ from vikhr_t5.train.checkpoints import SavedModel
 
 Make = Callable[..., SavedModel]
 LINES = verify.LINES[:4]
+PAIRS = [("Переведи на английский: файл", "file")]
 FILES = {
     "README.md",
     "config.json",
@@ -64,13 +65,24 @@ def test_verification_finds_a_wrong_weight(make_model: Make, tmp_path: Path) -> 
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_run_gives_its_last_samples_without_sentinels(tmp_path: Path) -> None:
+    samples = [
+        {"step": 1, "input": "раньше", "target": "нет"},
+        {"step": 2, "input": "[NLU] до <extra_id_0>.", "target": "<extra_id_0> дома"},
+        {"step": 2, "input": PAIRS[0][0], "target": PAIRS[0][1]},
+    ]
+    assert verify.held_out(tmp_path) == []
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    assert verify.held_out(tmp_path) == PAIRS
+
+
 def test_verification_prints_a_table(make_model: Make, tmp_path: Path) -> None:
     model = make_model("v1.0")
     huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
     console = Console(record=True, width=120)
-    assert verify.verify(model, tmp_path / "out", LINES, console)
+    assert verify.verify(model, tmp_path / "out", LINES, PAIRS, console)
     text = console.export_text()
-    for shown in ("logits", "loss", "greedy tokens", "token ids", "4 of 4 equal", "ok"):
+    for shown in ("logits", "loss", "greedy tokens", "token ids", "5 of 5 equal", "ok", PAIRS[0][0]):
         assert shown in text
 
 

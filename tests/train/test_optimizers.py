@@ -1,0 +1,247 @@
+"""Adafactor against t5x's own updates; AdamW against optax and, RMS-scaled, against torch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from reference_checkpoint import (
+    REFERENCE,
+    flat,
+    load_arrays,
+    load_legacy,
+    reference_params,
+    stack_layers,
+    under,
+    unstack_scanned,
+)
+from tiny_run import CONFIG, TinyVocabulary
+
+from vikhr_t5.model import network
+from vikhr_t5.train import optimizers
+from vikhr_t5.train.optimizers import Adafactor, AdamW
+from vikhr_t5.train.state import EncoderDecoderModel, TrainState
+from vikhr_t5.train.step import Trainer, zero_sums
+
+SHAPE = dataclasses.replace(
+    CONFIG, vocab_size=1024, emb_dim=64, num_heads=4, head_dim=16, mlp_dim=128,
+    num_encoder_layers=2, num_decoder_layers=2, dropout_rate=0.0,
+)  # fmt: skip
+
+
+def reference_batch(name: str, kind: str) -> dict[str, np.ndarray]:
+    batch = under(load_arrays(name, "inputs.npz"), f"{kind}/")
+    return {**batch, "decoder_source_ids": (batch["decoder_target_tokens"] > 0).astype(np.int32)}
+
+
+@functools.cache
+def training_step(optimizer, per_layer_bias: bool):
+    """The whole road of an update, with t5x's base.gin at learning rate 0.01."""
+    vocabulary = TinyVocabulary()
+    vocabulary.size = 1024
+    module = network.Transformer(dataclasses.replace(SHAPE, relative_bias_per_layer=per_layer_bias))
+    model = EncoderDecoderModel(module, vocabulary, vocabulary, optimizer)
+    return jax.jit(Trainer(lambda step: jnp.float32(0.01)).step_function(model, 1))
+
+
+def run_steps(state: TrainState, batch, optimizer, steps: int, per_layer_bias: bool = False) -> TrainState:
+    for _ in range(steps):
+        state, _, _ = training_step(optimizer, per_layer_bias)(state, zero_sums(1), batch, jax.random.key(0))
+    return state
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_one_step_from_step_200_equals_t5x(kind):
+    """Parameters and second moments after one step of the whole road: loss, gradient, update."""
+    saved = load_legacy(REFERENCE / "t511_d64" / "ckpt_legacy" / "checkpoint_200")
+    params = reference_params("t511_d64")
+    v = stack_layers(second_moments(under(saved, "state/param_states/")))
+    opt_state = optimizers.AdafactorState(jnp.int32(200), jax.tree.map(lambda x: {"v": jnp.asarray(x)}, v))
+    state = run_steps(TrainState(jnp.int32(200), params, opt_state), reference_batch("t511_d64", kind), Adafactor(), 1)
+
+    expected = under(load_arrays("t511_d64", "outputs.npz"), f"{kind}/after_step1/")
+    assert_close(flat(state.params), flat(stack_layers(under(expected, "target/"))), 1e-5)
+    if kind == "plain":  # the copy of the reference lacks the packed batch's moments
+        assert int(state.step) == int(expected["state/step"]) == 201
+        expected_v = flat(stack_layers(second_moments(under(expected, "state/param_states/"))))
+        found_v = {name.removesuffix("/v"): array for name, array in flat(state.opt_state.moments).items()}
+        for name, array in expected_v.items():
+            np.testing.assert_allclose(found_v[name], array, rtol=1e-4, atol=1e-6 * array.max(), err_msg=name)
+
+
+def second_moments(param_states: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {path.removesuffix("/v"): array for path, array in param_states.items() if path.endswith("/v")}
+
+
+@pytest.mark.parametrize("name", ["t511_d64", "scan_d64"])
+def test_steps_1_and_3_from_a_fresh_optimizer_equal_t5x(name):
+    """scan_d64 exercises factored moments, per-layer statistics of stacked layers, and a bias in each layer."""
+    scanned = name == "scan_d64"
+    to_ours = unstack_scanned if scanned else stack_layers
+    steps = load_arrays(name, "fresh_adafactor_steps.npz")
+    expected1, expected3 = (to_ours(under(steps, f"after_step{n}/target/")) for n in (1, 3))
+    params, batch = reference_params(name), reference_batch(name, "plain")
+    optimizer = FactorsScannedKernels() if scanned else Adafactor()
+    state = run_steps(TrainState(jnp.int32(0), params, optimizer.init(params)), batch, optimizer, 1, scanned)
+
+    # A first update is +-lr * RMS(p) however small the gradient. Where the gradient is zero but for rounding (one
+    # element here, 7e-8 of the tensor's largest), its sign is not defined: it is taken from the reference, once.
+    undecided = jax.tree.map(lambda found, expected: np.abs(found - expected) > 1e-5, state.params, expected1)
+    assert sum(int(x.sum()) for x in jax.tree.leaves(undecided)) <= 1
+    for path, where in flat(undecided).items():
+        if where.any():
+            v = flat(state.opt_state.moments)[f"{path}/v"]
+            assert v[where].max() < 1e-12 * v.max()
+    state = state._replace(params=jax.tree.map(np.where, undecided, expected1, state.params))
+    assert_close(flat(run_steps(state, batch, optimizer, 2, scanned).params), flat(expected3), 1e-5)
+
+
+class FactorsScannedKernels(Adafactor):
+    """t5x factors tensors of rank > 2 (the scanned kernels) whatever their size, and the others from 128 on."""
+
+    def _factored_dims(self, shape):
+        return (0, 1) if len(shape) == 2 and shape != (1024, 64) and shape != (64, 1024) and 32 not in shape else None
+
+
+def assert_close(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=tolerance, err_msg=name)
+
+
+def random_tree(seed: int, scale: float = 1.0):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "token_embedder": {"embedding": (256, 128)},
+        "encoder": {
+            "layers": {"mlp": {"wi": {"kernel": (3, 128, 160)}}, "norm": {"scale": (3, 128)}},
+            "relpos_bias": {"rel_embedding": (4, 32)},
+        },
+    }
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape) * scale, jnp.float32),
+        shapes,
+        is_leaf=lambda x: type(x) is tuple,
+    )
+
+
+@pytest.mark.parametrize("optimizer", [Adafactor(), Adafactor(min_dim_size_to_factor=8), AdamW(rms_scaled=True)])
+def test_a_stack_of_layers_is_updated_as_its_layers_alone(optimizer):
+    """Every statistic is per layer: the layers of a stack, given as separate parameters, move the same."""
+
+    def unstack(tree):
+        mlp, norm = tree["encoder"]["layers"]["mlp"], tree["encoder"]["layers"]["norm"]
+        layers = {f"layer{i}": jax.tree.map(lambda x, i=i: x[i], {"mlp": mlp, "norm": norm}) for i in range(3)}
+        return {**tree, "encoder": {**layers, "relpos_bias": tree["encoder"]["relpos_bias"]}}
+
+    params, grads = random_tree(0), [random_tree(s, 10.0 ** (s - 2)) for s in (1, 2)]
+    layer_scale = jnp.asarray([0.1, 1.0, 30.0])  # layers so unlike that a shared statistic would show
+    grads[1]["encoder"]["layers"]["mlp"]["wi"]["kernel"] *= layer_scale[:, None, None]
+    params["encoder"]["layers"]["mlp"]["wi"]["kernel"] *= layer_scale[:, None, None]
+    stacked, alone = (
+        run_updates(optimizer, p, gs) for p, gs in ((params, grads), (unstack(params), map(unstack, grads)))
+    )
+    assert_close(flat(unstack(stacked)), flat(alone), 1e-6)
+
+
+def run_updates(optimizer, params, grads, learning_rate=0.01):
+    state = optimizer.init(params)
+    for g in grads:
+        updates, state = jax.jit(optimizer.update)(g, state, params, learning_rate)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("dims", [(128, 300), (300, 128), (200, 200)])
+def test_factored_adafactor_equals_optax(dims):
+    """optax's Adafactor is another implementation of the same paper; its decay counts steps the same way."""
+    rng = np.random.default_rng(0)
+    params = {"x": {"kernel": jnp.asarray(rng.normal(size=dims), jnp.float32)}}
+    grads = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params) for _ in range(3)]
+    theirs = optax.adafactor(0.01, min_dim_size_to_factor=128, eps=1e-30)
+    expected, state = params, theirs.init(params)
+    for g in grads:
+        updates, state = theirs.update(g, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    assert_close(flat(run_updates(Adafactor(), params, grads)), flat(expected), 1e-6)
+
+
+def test_factored_state_is_small_and_has_axes():
+    params = random_tree(0)
+    axes = {
+        "token_embedder": {"embedding": ("vocab", "embed")},
+        "encoder": {
+            "layers": {"mlp": {"wi": {"kernel": ("layers", "embed", "mlp")}}, "norm": {"scale": ("layers", "embed")}},
+            "relpos_bias": {"rel_embedding": ("heads", "relpos_buckets")},
+        },
+    }
+    state, state_axes = Adafactor().init(params), Adafactor().state_axes(params, axes)
+    kernel, kernel_axes = (tree.moments["encoder"]["layers"]["mlp"]["wi"]["kernel"] for tree in (state, state_axes))
+    assert {name: v.shape for name, v in kernel.items()} == {"v_row": (3, 128), "v_col": (3, 160)}
+    assert kernel_axes == {"v_row": ("layers", "embed"), "v_col": ("layers", "mlp")}
+    embedding_axes = state_axes.moments["token_embedder"]["embedding"]
+    assert embedding_axes == {"v_row": ("embed",), "v_col": ("vocab",)}
+    fits = jax.tree.map(lambda v, names: v.ndim == len(names), state.moments, state_axes.moments)
+    assert all(jax.tree.leaves(fits))
+
+
+def test_adamw_equals_optax():
+    params, grads = random_tree(0), [random_tree(s) for s in (1, 2, 3)]
+    decays = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    theirs = optax.adamw(0.01, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1, mask=decays)
+    expected, state = params, theirs.init(params)
+    for g in grads:
+        updates, state = theirs.update(g, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    ours = run_updates(AdamW(b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.1), params, grads)
+    assert_close(flat(ours), flat(expected), 1e-6)
+
+
+def test_rms_scaled_adamw_equals_nanot5s_rule():
+    """nanoT5: torch's Adam with the step of each tensor (each layer's) times max(1e-3, RMS(parameter))."""
+    params, grads = random_tree(0, 0.05), [random_tree(s) for s in (1, 2, 3)]
+    params["encoder"]["relpos_bias"]["rel_embedding"] *= 1e-4  # below the floor
+    layers = {}
+    for path, array in flat(params).items():
+        stacked = "/layers/" in path
+        for i in range(len(array) if stacked else 1):
+            layers[path, i] = torch.tensor(array[i] if stacked else array, requires_grad=True)
+    for g in grads:
+        for (path, i), tensor in layers.items():
+            array = flat(g)[path]
+            tensor.grad = torch.tensor(array[i] if "/layers/" in path else array)
+            rms = max(1e-3, tensor.detach().square().mean().sqrt().item())
+            # An Adam of its own for each tensor, whose learning rate is set before each step.
+            adam = layers_adam(tensor)
+            adam.param_groups[0]["lr"] = 0.02 * rms
+            adam.step()
+    ours = flat(run_updates(AdamW(eps=1e-6, rms_scaled=True), params, grads, 0.02))
+    for (path, i), tensor in layers.items():
+        found = ours[path][i] if "/layers/" in path else ours[path]
+        np.testing.assert_allclose(found, tensor.detach().numpy(), rtol=2e-5, atol=1e-7, err_msg=path)
+
+
+_adams: dict[int, torch.optim.Adam] = {}
+
+
+def layers_adam(tensor: torch.Tensor) -> torch.optim.Adam:
+    return _adams.setdefault(id(tensor), torch.optim.Adam([tensor], lr=0.0, eps=1e-6))
+
+
+def test_clipping_by_global_norm():
+    grads = random_tree(0)
+    norm = optax.global_norm(grads)
+    expected, _ = optax.clip_by_global_norm(2.5).update(grads, optax.EmptyState())
+    assert_close(flat(optimizers.clip_by_global_norm(grads, norm, 2.5)), flat(expected), 1e-7)
+    untouched = optimizers.clip_by_global_norm(grads, norm, 1e6)
+    assert_close(flat(untouched), flat(grads), 0)

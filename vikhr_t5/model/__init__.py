@@ -1,0 +1,1 @@
+"""T5 in JAX: configuration, pure functions, network, decoding."""

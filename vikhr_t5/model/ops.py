@@ -1,0 +1,242 @@
+"""Pure functions that T5 is made of. No parameters are declared here.
+
+B batch, T query (target) length, S key (source) length, N any leading axes, H heads, K head dim, D model,
+F feed-forward or other output features, C matmuls fused into one, G relative-position buckets.
+
+T5: Raffel et al. 2020 (arXiv:1910.10683); gated feed-forward: Shazeer 2020 (arXiv:2002.05202).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+NUM_BUCKETS = 32
+MAX_DISTANCE = 128
+NORM_EPSILON = 1e-6
+MASKED = -1e10  # t5x's value: a query that may see nothing attends uniformly instead of giving NaN
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dense(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
+    """x [..., D] times kernel [D, F] -> [..., F] in `dtype` (x's where None).
+
+    The kernel is rounded to x's dtype, products accumulate in float32, and the kernel's gradient stays in float32.
+    That gradient is contracted as x^T g; automatic differentiation makes it (g^T x)^T, which transposes two large
+    arrays on a CPU.
+    """
+    return _dense_forward(x, kernel, dtype)[0]
+
+
+def _dense_forward(x: Array, kernel: Array, dtype: DTypeLike | None) -> tuple[Array, tuple[Array, Array]]:
+    product = _contract(x, kernel.astype(x.dtype), [x.ndim - 1], [0])
+    return product.astype(dtype or x.dtype), (x, kernel)
+
+
+def _dense_backward(dtype: DTypeLike | None, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    g = g.astype(x.dtype)
+    dx = _contract(g, kernel.astype(x.dtype), [g.ndim - 1], [1])
+    rows, g_rows = (y.reshape(-1, y.shape[-1]) for y in (x, g))
+    return dx.astype(x.dtype), _contract(rows, g_rows, [0], [0]).astype(kernel.dtype)
+
+
+def _contract(a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int]) -> Array:
+    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+@jax.checkpoint
+def rms_norm(x: Array, scale: Array) -> Array:
+    """T5's layer norm: no mean, no bias; computed in float32, returned in x's dtype. x [..., D], scale [D]."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.mean(lax.square(x32), axis=-1, keepdims=True) + NORM_EPSILON) * scale).astype(x.dtype)
+
+
+def dropout(x: Array, rate: float, key: Array | None, broadcast_axis: int | None = -2) -> Array:
+    """Zeroes a share `rate` of x and scales the rest by 1/(1-rate); one draw along `broadcast_axis`, as in t5x.
+
+    A `key` of None means that dropout is off.
+    """
+    if key is None or rate == 0:
+        return x
+    shape = list(x.shape)
+    if broadcast_axis is not None:
+        shape[broadcast_axis] = 1
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return x * (keep / (1 - rate)).astype(x.dtype)
+
+
+@partial(jax.checkpoint, static_argnums=(1,))
+def gated_activation(hidden: Sequence[Array], activations: Sequence[str]) -> Array:
+    """The product of activations[i](hidden[i]), each [..., F] -> [..., F]. Its intermediate values are recomputed."""
+    return reduce(jnp.multiply, (_ACTIVATIONS[name](part) for name, part in zip(activations, hidden, strict=True)))
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "linear": lambda x: x,
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,  # the tanh approximation: Hugging Face's gelu_new
+    "silu": jax.nn.silu,
+    "swish": jax.nn.swish,
+}
+
+
+def relative_position_buckets(offsets: np.ndarray, bidirectional: bool) -> np.ndarray:
+    """Bucket of each offset = key position - query position (t5's rule, same rounding). Any shape -> same shape.
+
+    Half of the buckets hold one offset each, the others grow with the logarithm up to MAX_DISTANCE. A bidirectional
+    stack gives half of all buckets to either direction; a causal one has none for the future.
+    """
+    buckets = NUM_BUCKETS // 2 if bidirectional else NUM_BUCKETS
+    first = np.where(bidirectional & (offsets > 0), buckets, 0)
+    distance = np.abs(offsets) if bidirectional else np.maximum(-offsets, 0)
+    exact = buckets // 2
+    ratio = np.log(distance.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(MAX_DISTANCE / exact)
+    large = np.minimum(exact + (ratio * (buckets - exact)).astype(np.int32), buckets - 1)
+    return (first + np.where(distance < exact, distance, large)).astype(np.int32)
+
+
+def relative_position_bias(table: Array, queries: int, keys: int, bidirectional: bool) -> Array:
+    """table [H, G] -> bias [H, T, S] for row positions 0..T-1 and 0..S-1.
+
+    The bias depends on the offset alone, so T+S values per head are gathered and sheared into the matrix: repeated
+    on end and cut again into rows one shorter, each row is the one above moved by one place. The transpose is as
+    cheap, where the gradient of a gather of all T*S values would be a scatter into a few cells.
+    """
+    period = queries + keys
+    place = np.arange(period)
+    offsets = np.where(place < keys, place, place - period)
+    values = table[:, relative_position_buckets(offsets, bidirectional)]
+    rows = jnp.tile(values, (1, queries))[:, : queries * (period - 1)].reshape(-1, queries, period - 1)
+    return rows[:, :, :keys]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    query_segments: Array,
+    key_segments: Array,
+    bias: Array | None,
+    causal: bool,
+    float32_logits: bool,
+) -> Array:
+    """Multi-head attention without scaling (T5 folds 1/sqrt(K) into the initialiser of the query).
+
+    A query sees the keys of its own segment; segment 0 is padding and is seen by none. The weights [H, T, S] are
+    computed again in the backward pass, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135): what is kept is
+    linear in the length.
+
+    Args:
+        query: [B, T, H, K]. key, value: [B, S, H, K].
+        query_segments: int [B, T]. key_segments: int [B, S].
+        bias: [H, T, S], added to the logits; or None.
+        causal: a query also sees no key after its own row position.
+        float32_logits: keep the logits in float32; else they are rounded to query's dtype.
+
+    Returns:
+        [B, T, H*K]
+    """
+    return _attention_forward(query, key, value, query_segments, key_segments, bias, causal, float32_logits)[0]
+
+
+def _logits(
+    q: Array, k: Array, q_segments: Array, k_segments: Array, bias: Array | None, causal: bool, float32_logits: bool
+) -> Array:
+    """Masked logits [..., H, T, S], float32."""
+    logits = jnp.einsum("...thk,...shk->...hts", q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias
+    if not float32_logits:
+        logits = logits.astype(q.dtype).astype(jnp.float32)
+    visible = (q_segments[..., :, None] == k_segments[..., None, :]) & (k_segments[..., None, :] > 0)
+    if causal:
+        visible &= np.tri(q.shape[-3], k.shape[-3], dtype=bool)
+    return jnp.where(visible[..., None, :, :], logits, MASKED)
+
+
+def _attention_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    query_segments: Array,
+    key_segments: Array,
+    bias: Array | None,
+    causal: bool,
+    float32_logits: bool,
+) -> tuple[Array, tuple]:
+    def attend(q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> tuple[tuple, None]:
+        logits = _logits(q, k, q_segments, k_segments, bias, causal, float32_logits)
+        largest = logits.max(axis=-1)
+        weights = jnp.exp(logits - largest[..., None])
+        inverse = 1 / weights.sum(axis=-1)
+        sums = jnp.einsum("...hts,...shk->...thk", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        o = (sums * inverse.mT[..., None]).astype(q.dtype)
+        return (o.reshape(*o.shape[:-2], -1), largest, inverse), None
+
+    arguments = (query, key, value, query_segments, key_segments)
+    (attended, largest, inverse), _ = _over_batch(attend, arguments, None)
+    return attended, (*arguments, bias, attended, largest, inverse)
+
+
+def _attention_backward(causal: bool, float32_logits: bool, kept: tuple, g: Array) -> tuple:
+    *arguments, bias, attended, largest, inverse = kept
+    dtype = g.dtype
+
+    def differentiate(
+        q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array, o: Array, top: Array, inv: Array, g: Array
+    ) -> tuple[tuple, Array | None]:
+        o, g = o.reshape(q.shape), g.reshape(q.shape)
+        logits = settled(_logits(q, k, q_segments, k_segments, bias, causal, float32_logits))
+        weights = jnp.exp(logits - top[..., None]) * inv[..., None]
+        along = jnp.sum(g.astype(jnp.float32) * o, axis=-1).mT[..., None]  # [..., H, T, 1]
+        d_weights = jnp.einsum("...thk,...shk->...hts", g, v, preferred_element_type=jnp.float32)
+        d_logits = weights * (d_weights - along)
+        low = d_logits.astype(dtype)
+        dq = jnp.einsum("...hts,...shk->...thk", low, k, preferred_element_type=jnp.float32)
+        dk = jnp.einsum("...hts,...thk->...shk", low, q, preferred_element_type=jnp.float32)
+        dv = jnp.einsum("...hts,...thk->...shk", weights.astype(dtype), g, preferred_element_type=jnp.float32)
+        return (dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)), None if bias is None else d_logits
+
+    zero = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    (dq, dk, dv), d_bias = _over_batch(differentiate, (*arguments, attended, largest, inverse, g), zero)
+    return dq, dk, dv, None, None, d_bias
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+
+def settled(x: Array) -> Array:
+    """x itself, computed before what follows: XLA vectorises exp on a CPU only if no mask is fused into its loop.
+
+    Ten times as fast there; elsewhere the fusion is wanted.
+    """
+    return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+
+
+def _over_batch(
+    function: Callable[..., tuple[tuple, Array | None]], arguments: Sequence[Array], zero: Array | None
+) -> tuple[tuple, Array | None]:
+    """function(arguments) -> (results, summand): the results of the whole batch, and the sum of summands over it.
+
+    On one CPU the batch is looped over, so that the weights of a row stay in the cache; on an accelerator that would
+    serialise it, on several devices it would gather what is sharded.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        results, summand = function(*arguments)
+        return results, None if summand is None else summand.sum(axis=0)
+
+    def row(total: Array | None, values: Sequence[Array]) -> tuple[Array | None, tuple]:
+        results, summand = function(*values)
+        return None if total is None or summand is None else total + summand, results
+
+    total, results = lax.scan(row, zero, tuple(arguments))
+    return results, total

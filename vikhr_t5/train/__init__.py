@@ -1,0 +1,1 @@
+"""The trainer: losses, optimizers, state, step, loop, checkpoints, metrics."""

@@ -1,0 +1,370 @@
+"""Checkpoints: Orbax's arrays, and beside them all that a resume or a conversion needs.
+
+    <run>/checkpoints/<step>/
+        params/  opt_state/     arrays (Orbax; opt_state is absent where a conversion made the checkpoint)
+        progress.json           step, data position and fingerprint, seed, counters
+        model_config.json  config.gin  vocabulary/{spiece.model, vocabulary.json}
+        manifest.json           the size of every file above; written last
+
+A checkpoint appears under its name by one rename, after everything in it is synced; the manifest then tells a whole
+one from one that lost files later (a full disk, a broken copy).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import numpy as np
+
+from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.errors import UserError
+from vikhr_t5.files import write_text_atomic
+from vikhr_t5.model.config import T5Config
+from vikhr_t5.train.state import EncoderDecoderModel, TrainState
+
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveCheckpointConfig:
+    """When to save and what to keep.
+
+    Args:
+      period: steps between checkpoints; the last step is always saved.
+      keep: newest checkpoints kept; None: all.
+      dtype: of the stored parameters; "bfloat16" halves them, and a resume is then no longer exact.
+      best_metric: name of an evaluation metric ("loss", "accuracy", "loss/<source>"); the checkpoint with the best
+        value so far is kept besides the newest.
+      best_mode: "min" or "max".
+    """
+
+    period: int = 1000
+    keep: int | None = 3
+    dtype: str = "float32"
+    best_metric: str | None = None
+    best_mode: str = "min"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("period", self.period, self.period >= 1),
+            ("keep", self.keep, self.keep is None or self.keep >= 1),
+            ("dtype", self.dtype, self.dtype in ("float32", "bfloat16")),
+            ("best_mode", self.best_mode, self.best_mode in ("min", "max")),
+        ):
+            if not allowed:
+                raise UserError(f"SaveCheckpointConfig.{name} cannot be {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreCheckpointConfig:
+    """Where a new run starts from.
+
+    Args:
+      path: a run folder (its newest whole checkpoint) or one checkpoint's folder; None: fresh parameters.
+      reset_optimizer: take the parameters and the step, and start the optimizer anew.
+    """
+
+    path: str | None = None
+    reset_optimizer: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What t5x's `CheckpointConfig` is: `restore` None starts fresh."""
+
+    save: SaveCheckpointConfig = SaveCheckpointConfig()
+    restore: RestoreCheckpointConfig | None = None
+
+
+class SavedModel(NamedTuple):
+    """What a checkpoint says of its model. params: nested dict of NumPy arrays, float32."""
+
+    params: dict[str, Any]
+    config: T5Config
+    vocabulary_file: Path
+    extra_ids: int
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints of one run: saves in the background, keeps what the configuration says.
+
+    Construction removes what an interrupted save left, and renames a checkpoint that was cut short to
+    `<step>.damaged`, saying so.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], config: SaveCheckpointConfig):
+        import orbax.checkpoint as ocp  # half a second: only where checkpoints are used
+
+        self.directory = Path(directory).absolute()
+        self.config = config
+        self._ocp = ocp
+        self._files: Mapping[str, bytes] = {}
+        self._saving: int | None = None
+        if jax.process_index() == 0:
+            self._set_damaged_aside()
+        _silence_orbax()
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep)]
+        metric = config.best_metric
+        if metric:
+            best = ocp.checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[metric],
+                reverse=config.best_mode == "min",
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=(lambda metrics: metrics[metric]) if metric else None,  # makes Orbax store the metrics
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(
+        self, step: int, state: TrainState, files: Mapping[str, bytes], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Start saving; returns when the state may change again (it is then copied or held).
+
+        Args:
+          files: path inside the checkpoint -> content; needs `progress.json` and what `read_params` reads.
+          metrics: of an evaluation at this very step.
+
+        Raises:
+          UserError: this or the previous save failed (a full disk); says which checkpoint is the last good one.
+        """
+        self.wait()
+        save = self._ocp.args.StandardSave
+        params = state.params
+        if self.config.dtype != "float32":
+            params = jax.tree.map(lambda p: p.astype(self.config.dtype), params)
+        best = self.config.best_metric
+        kept = {best: float(metrics[best])} if best and metrics and best in metrics else None
+        self._files, self._saving = files, step
+        arrays = sum(x.nbytes for x in jax.tree.leaves((params, state.opt_state)))  # compression saves little
+        needed = arrays + sum(map(len, files.values())) + 2**20  # and Orbax's own small files
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            self._refuse(f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free")
+        with self._explained():
+            self._manager.save(
+                step,
+                args=self._ocp.args.Composite(params=save(params), opt_state=save(state.opt_state)),
+                metrics=kept,
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Until what is being saved is on disk under its name. Raises as `save`."""
+        with self._explained():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        return next((path for path in _steps(self.directory) if defect(path) is None), None)
+
+    def _complete(self) -> None:
+        """Called by Orbax's thread when its own files are written, before the rename: ours, then the manifest."""
+        (folder,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        for name, content in self._files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        listed = [path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA"]
+        for path in listed:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(listed)}
+        write_text_atomic(folder / MANIFEST, json.dumps({"version": 1, "files": sizes}, indent=1))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns a failure to write into one line, frees the room, and names the last good checkpoint."""
+        try:
+            yield
+        except Exception as error:
+            code = getattr(error, "errno", None) or re.search(r"os_error_code='(\d+)'", str(error))
+            if code is None:
+                raise
+            for leftover in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            self._refuse(os.strerror(code if isinstance(code, int) else int(code[1])), error)
+
+    def _refuse(self, reason: str, cause: Exception | None = None) -> NoReturn:
+        newest = self.newest()
+        good = f"the last good checkpoint is {newest}" if newest else "there is no earlier checkpoint"
+        raise UserError(
+            f"cannot save step {self._saving} to {self.directory}: {reason}; {good}:"
+            " make room there and run the same command again"
+        ) from cause
+
+    def _set_damaged_aside(self) -> None:
+        for path in _steps(self.directory):
+            if (reason := defect(path)) is not None:
+                aside = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                print(f"checkpoint {path} is not whole ({reason}): set aside as {aside.name}", file=sys.stderr)
+
+
+def described(model: EncoderDecoderModel, config_text: str) -> dict[str, bytes]:
+    """Path -> content of what a run folder and each of its checkpoints hold besides arrays and progress."""
+    vocabulary = {"extra_ids": model.vocabulary.extra_ids, "fingerprint": model.vocabulary.fingerprint()}
+    return {
+        "config.gin": config_text.encode(),
+        "model_config.json": model.config.to_json().encode(),
+        "vocabulary/spiece.model": model.vocabulary.model_bytes,
+        "vocabulary/vocabulary.json": json.dumps(vocabulary, indent=2).encode(),
+    }
+
+
+def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+    """UserError where the checkpoint at `path` was made with another vocabulary."""
+    saved = json.loads((path / "vocabulary" / "vocabulary.json").read_text())
+    if saved["fingerprint"] != vocabulary.fingerprint():
+        raise UserError(
+            f"checkpoint {path} has another vocabulary than {vocabulary!r} (or other EXTRA_IDS: it has"
+            f" {saved['extra_ids']}): set VOCABULARY_FILE to {path / 'vocabulary' / 'spiece.model'}"
+        )
+
+
+def restore(path: Path, like: TrainState, reset_optimizer: bool = False) -> tuple[TrainState, dict[str, Any]]:
+    """A checkpoint's state, placed as `like` says.
+
+    Args:
+      path: one whole checkpoint's folder.
+      like: `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      (state, progress.json). `state.opt_state` is None where the checkpoint has none or `reset_optimizer` is set.
+
+    Raises:
+      UserError: a parameter is missing, unknown, or of another shape; names it, with both shapes.
+    """
+    progress = json.loads((path / "progress.json").read_text())
+    step = jax.device_put(np.int32(progress["step"]), like.step.sharding)
+    params = _restore_tree(path / "params", like.params, "set T5Config to the model that was saved")
+    opt_state = None
+    if not reset_optimizer and (path / "opt_state").is_dir():
+        hint = "use the optimizer that was saved, or set RestoreCheckpointConfig.reset_optimizer"
+        opt_state = _restore_tree(path / "opt_state", like.opt_state, hint)
+    return TrainState(step, params, opt_state), progress
+
+
+def read_params(path: str | os.PathLike[str]) -> SavedModel:
+    """The model in a run folder (its newest whole checkpoint) or in one checkpoint's folder; needs no mesh.
+
+    Raises:
+      UserError: there is no whole checkpoint.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = find_checkpoint(path)
+    handler = ocp.PyTreeCheckpointHandler()
+    metadata = handler.metadata(folder / "params").tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), metadata)
+    params = handler.restore(folder / "params", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    config = T5Config.from_json((folder / "model_config.json").read_text())
+    vocabulary = json.loads((folder / "vocabulary" / "vocabulary.json").read_text())
+    step = json.loads((folder / "progress.json").read_text())["step"]
+    return SavedModel(params, config, folder / "vocabulary" / "spiece.model", vocabulary["extra_ids"], step)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint meant by `path`: itself, or the newest whole one of a run folder (or of its `checkpoints`).
+
+    Raises:
+      UserError: `path` does not exist, or has no whole checkpoint; says what is wrong with the newest.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"checkpoint {path}: no such folder")
+    if (folder / MANIFEST).is_file() or folder.name.isdigit():
+        candidates = [folder]
+    else:
+        candidates = _steps(folder / "checkpoints") or _steps(folder)
+    reasons: list[str] = []
+    for candidate in candidates:
+        reason = defect(candidate)
+        if reason is None:
+            if reasons:
+                print(f"{reasons[0]}: using {candidate}", file=sys.stderr)
+            return candidate
+        reasons.append(f"checkpoint {candidate} is not whole ({reason})")
+    raise UserError(
+        reasons[0] if reasons else f"{path} holds no checkpoint: give a run folder or a checkpoint's folder"
+    )
+
+
+def defect(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's folder; None where every file of its manifest is there in full."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())["files"]
+    except OSError:
+        return f"no {MANIFEST}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not readable"
+    for name, size in sizes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        found = (folder / name).stat().st_size
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def _steps(directory: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [path for path in directory.glob("*") if path.name.isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def _restore_tree(path: Path, like: Any, hint: str) -> Any:
+    import orbax.checkpoint as ocp
+
+    _silence_orbax()
+    checkpointer = ocp.StandardCheckpointer()
+    saved = _by_name(checkpointer.metadata(path).item_metadata.tree)
+    wanted = _by_name(like)
+    for name in [*wanted, *saved]:
+        have, want = (f"{list(t[name].shape)}" if name in t else "absent" for t in (saved, wanted))
+        if have != want:
+            raise UserError(f"checkpoint {path.parent}: {path.name}/{name} is {have}, this model's is {want}: {hint}")
+    return checkpointer.restore(path, like)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): leaf
+        for path, leaf in leaves
+    }
+
+
+@functools.cache
+def _silence_orbax() -> None:
+    """A failed save reaches the caller as one exception; its threads would also report each write that failed."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
+    show = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore: nobody waits for a write any more
+            show(unraisable)
+
+    sys.unraisablehook = hook

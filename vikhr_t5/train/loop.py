@@ -1,0 +1,252 @@
+"""Training from the first line to the last: data, state, steps, metrics, evaluation, checkpoints."""
+
+import collections
+import contextlib
+import json
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import psutil
+
+from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
+from vikhr_t5.errors import UserError
+from vikhr_t5.files import atomic_path
+from vikhr_t5.progress import Progress, human
+from vikhr_t5.train import checkpoints, metrics
+from vikhr_t5.train.checkpoints import CheckpointConfig, Checkpoints, RestoreCheckpointConfig
+from vikhr_t5.train.evaluate import Evaluator
+from vikhr_t5.train.interrupt import StopRequest
+from vikhr_t5.train.partitioning import Partitioner
+from vikhr_t5.train.state import EncoderDecoderModel, TrainState
+from vikhr_t5.train.step import Trainer, zero_sums
+
+STEPS_AHEAD = 2  # the host runs this far ahead of the device, so the next batch is there before a step ends
+
+
+class NonFiniteLoss(UserError):
+    """The loss or a gradient became infinite or NaN, and the run was configured to stop."""
+
+
+def train(
+    model: EncoderDecoderModel,
+    train_dataset_cfg: DatasetConfig,
+    checkpoint_cfg: CheckpointConfig,
+    partitioner: Partitioner,
+    trainer: Trainer,
+    model_dir: str,
+    total_steps: int,
+    train_eval_dataset_cfg: DatasetConfig | None = None,
+    eval_steps: int | None = 20,
+    eval_period: int = 1000,
+    stats_period: int = 100,
+    num_samples: int = 4,
+    random_seed: int | None = None,
+    relative_steps: int | None = None,
+    config_text: str = "",
+) -> int:
+    """Train up to `total_steps` updates, or until SIGTERM or SIGINT. Run again, it goes on where it stopped.
+
+    Args:
+      model_dir: the run folder.
+      total_steps: absolute, as in t5x: a run that starts from a checkpoint at step n does total_steps - n.
+      eval_steps: batches of an evaluation; None: all of the evaluation dataset.
+      eval_period: steps between evaluations; the last step is always evaluated.
+      stats_period: steps between lines of metrics; each evaluation and each checkpoint has one before it, too.
+      num_samples: evaluation examples that are decoded to text at each evaluation.
+      random_seed: of the fresh parameters and of dropout; None draws one.
+      relative_steps: instead of `total_steps`: updates after the checkpoint that the run starts from.
+      config_text: the gin configuration; goes into the run folder and into every checkpoint.
+
+    Returns:
+      The step reached.
+
+    Raises:
+      UserError: whatever the person who launched the run can mend. NonFiniteLoss is one.
+    """
+    use_compilation_cache()
+    folder = Path(model_dir).expanduser().absolute()
+    partitioner.check_batch_size(train_dataset_cfg.batch_size, trainer.num_microbatches or 1)
+    shardings = partitioner.shardings(model.state_axes(), model.abstract_state())
+    dataset = open_dataset(train_dataset_cfg, model.vocabulary)
+    evaluator = None
+    if train_eval_dataset_cfg is not None:
+        eval_dataset = open_dataset(train_eval_dataset_cfg, model.vocabulary)
+        evaluator = Evaluator(model, partitioner, eval_dataset, eval_steps, num_samples, shardings.params)
+
+    saver = Checkpoints(folder / "checkpoints", checkpoint_cfg.save)
+    state, progress, origin = starting_state(model, shardings, saver.newest(), checkpoint_cfg.restore, random_seed)
+    first, step = progress["first_step"], int(state.step)
+    total_steps = total_steps if relative_steps is None else first + relative_steps
+    if progress.setdefault("dataset", dataset.fingerprint) != dataset.fingerprint:
+        _say("the data or its configuration is not the checkpoint's: batches continue, by number, in the new data")
+    if step == first >= total_steps:
+        raise UserError(
+            f"{origin}, step {step}; training ends at {total_steps}, counted from step 0: set"
+            f" TRAIN_STEPS={step + total_steps}, or TRAIN_STEPS_RELATIVE={total_steps}"
+        )
+    _say(f"{folder}: {origin}, step {step} of {total_steps}")
+    if step >= total_steps:
+        return step
+
+    files = checkpoints.described(model, config_text)
+    for name, content in files.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_bytes(content)
+    log = metrics.MetricsLog(folder, step)
+    num_sources = len(dataset.source_names)
+    rows, (inputs_length, targets_length) = dataset.batch_size, dataset.lengths
+    peak, peak_source = metrics.peak_flops(model.config.dtype)
+    cost = metrics.Cost(
+        batch_shape=(rows, inputs_length, targets_length),
+        flops_per_step=model.config.flops_per_step(rows, inputs_length, targets_length),
+        flops_per_second=peak * jax.device_count(),
+    )
+
+    replicated = partitioner.replicated
+    zeros = jax.jit(lambda: zero_sums(num_sources), out_shardings=replicated)
+    dropout_key = jax.device_put(jax.random.split(jax.random.key(progress["seed"]))[1], replicated)
+    batches = dataset.batches(step - first, jax.process_index(), jax.process_count(), total_steps - step)
+
+    def next_batch() -> dict[str, jax.Array]:
+        return partitioner.put_batch(next(batches), rows)
+
+    batch, sums = next_batch(), zeros()
+    jitted = jax.jit(
+        trainer.step_function(model, num_sources),
+        in_shardings=(shardings, replicated, partitioner.batch, replicated),
+        out_shardings=(shardings, replicated, replicated),
+        donate_argnums=(0, 1),
+    )
+    run_step = jitted.lower(state, sums, batch, dropout_key).compile()
+
+    began, started = step, time.perf_counter()
+    in_flight: collections.deque[jax.Array] = collections.deque()
+    with (
+        contextlib.closing(batches),
+        contextlib.closing(log),
+        StopRequest() as stop,
+        Progress("training", total_steps, "steps", done=step) as bar,
+    ):
+        while True:
+            with jax.transfer_guard("disallow"):  # only what is written out moves between host and device
+                state, sums, done = run_step(state, sums, batch, dropout_key)  # returns at once
+                step += 1
+                if step < total_steps:
+                    batch = next_batch()  # goes to the device while the step runs
+            in_flight.append(done)
+            if len(in_flight) > STEPS_AHEAD:
+                jax.block_until_ready(in_flight.popleft())
+            if step == began + 1:
+                jax.block_until_ready(done)
+                log.write("start", began, {"origin": origin, **_environment(model, partitioner), "peak": peak_source})
+            bar.advance()
+
+            last = step == total_steps or stop.name is not None
+            evaluate = evaluator is not None and (step % eval_period == 0 or step == total_steps)
+            save = last or step % checkpoint_cfg.save.period == 0
+            if not (evaluate or save or step % stats_period == 0):
+                continue
+
+            # The host waits for the device here, and nowhere else.
+            summed = jax.device_get(sums)
+            seconds = time.perf_counter() - started
+            if summed["bad_steps"] and trainer.on_non_finite == "stop":
+                saver.wait()
+                raise NonFiniteLoss(_non_finite(int(summed["first_bad_step"]), saver))
+            sums = zeros()
+            progress |= {"step": step, "tokens": progress["tokens"] + int(summed["inputs"]) + int(summed["targets"])}
+            line = metrics.summarize_training(summed, dataset.source_names, seconds, cost)
+            log.write("train", step, line)
+            bar.advance(0, f"loss {line['loss']:.3f}, {human(line['tokens_per_second'])} tokens/s")
+
+            evaluation = None
+            if evaluate and evaluator is not None:
+                evaluation = evaluator.metrics(state.params)
+                log.write("eval", step, {"task": evaluator.name, **evaluation})
+                log.write_samples(step, evaluator.samples(state.params))
+            if save:
+                saver.save(step, state, files | {"progress.json": json.dumps(progress).encode()}, evaluation)
+            if last:
+                break
+            started = time.perf_counter()
+        saver.wait()
+        log.write("end", step, {"finished": step == total_steps})
+    if step < total_steps:
+        _say(f"{stop.name}: saved step {step} of {total_steps}; run the same command to go on")
+    return step
+
+
+def starting_state(
+    model: EncoderDecoderModel,
+    shardings: TrainState,
+    own: Path | None,
+    initial: RestoreCheckpointConfig | None,
+    random_seed: int | None,
+) -> tuple[TrainState, dict[str, Any], str]:
+    """(state on the mesh, progress: {"step", "first_step", "seed", "tokens", ...}, where it is from, in words).
+
+    Args:
+      own: the newest whole checkpoint of this run.
+    """
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), model.abstract_state(), shardings
+    )
+    # Where the state comes from; the first that exists:
+    # 1. this run's own newest whole checkpoint: everything continues, to the bit;
+    # 2. checkpoint_cfg.restore.path (INITIAL_CHECKPOINT_PATH): parameters, step and optimizer; the data begins;
+    # 3. fresh parameters from the seed.
+    if own is not None:
+        checkpoints.check_vocabulary(own, model.vocabulary)
+        state, progress = checkpoints.restore(own, like)
+        return state, progress, f"resumed from {own}"
+    seed = secrets.randbits(31) if random_seed is None else random_seed
+    if initial is not None and initial.path is not None:
+        path = checkpoints.find_checkpoint(initial.path)
+        checkpoints.check_vocabulary(path, model.vocabulary)
+        state, saved = checkpoints.restore(path, like, initial.reset_optimizer)
+        if state.opt_state is None:
+            opt_state = jax.jit(model.optimizer.init, out_shardings=shardings.opt_state)(state.params)
+            state = state._replace(opt_state=opt_state)
+        step, origin = saved["step"], f"started from {path}"
+    else:
+        key = jax.random.split(jax.random.key(seed))[0]  # the other half is dropout's
+        state = jax.jit(model.init_state, out_shardings=shardings)(key)
+        step, origin = 0, f"fresh parameters, seed {seed}"
+    return state, {"step": step, "first_step": step, "seed": seed, "tokens": 0}, origin
+
+
+def use_compilation_cache() -> None:
+    """Keep XLA's programs between runs, unless JAX_ENABLE_COMPILATION_CACHE=0; JAX_COMPILATION_CACHE_DIR moves them."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/vikhr_t5/xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _environment(model: EncoderDecoderModel, partitioner: Partitioner) -> dict[str, Any]:
+    """For the line at the start of a run; `startup_seconds` is from the start of the process."""
+    return {
+        "parameters": model.config.param_count(),
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "mesh": dict(partitioner.mesh.shape),
+        "startup_seconds": round(time.time() - psutil.Process().create_time(), 2),
+    }
+
+
+def _non_finite(step: int, saver: Checkpoints) -> str:
+    good = saver.newest()
+    kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+    return (
+        f"the loss or a gradient is not finite at step {step}; {kept}: lower the learning rate, set"
+        " Trainer.max_grad_norm, or skip such updates with Trainer.on_non_finite = 'skip'"
+    )
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

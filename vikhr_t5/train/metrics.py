@@ -1,0 +1,202 @@
+"""Metrics: from the device's sums to numbers, and from numbers to metrics.jsonl and TensorBoard.
+
+A name that t5x also logs has t5x's name in TensorBoard; in metrics.jsonl the names are short.
+"""
+
+import dataclasses
+import json
+import resource
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vikhr_t5.files import write_text_atomic
+
+# Dense bf16 matmul peaks of one device (fp16 for V100 and T4, which lack bf16), TFLOP/s, from the makers' data sheets.
+# Matched as a prefix of `device_kind`, first hit wins. MFU is against this figure whatever the compute type.
+PEAK_TFLOPS = (
+    ("NVIDIA B200", 2250),
+    ("NVIDIA H200", 989),
+    ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA H100", 989),
+    ("NVIDIA GH200", 989),
+    ("NVIDIA A100", 312),
+    ("NVIDIA A10G", 70),
+    ("NVIDIA A10", 125),
+    ("NVIDIA L40S", 362),
+    ("NVIDIA L4", 121),
+    ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA GeForce RTX 3090", 71),
+    ("Tesla V100", 125),
+    ("Tesla T4", 65),
+    ("TPU v6", 918),
+    ("TPU v5p", 459),
+    ("TPU v5", 197),
+    ("TPU v4", 275),
+)
+T5X_NAMES = {
+    "loss": "loss_per_nonpadding_target_token",
+    "useful_inputs": "non_padding_fraction/encoder",
+    "useful_targets": "non_padding_fraction/decoder",
+    "steps_per_second": "timing/steps_per_second",
+    "target_tokens_per_second": "timing/target_tokens_per_second",
+}
+
+
+def summarize(sums: Mapping[str, np.ndarray], source_names: Sequence[str]) -> dict[str, float]:
+    """The step's or an evaluation's sums (on the host) -> per-token means; of each source that had tokens, too."""
+    weight = float(sums["weight"])
+    means = {"loss": float(sums["loss"]), "accuracy": float(sums["correct"]), "z_loss": float(sums["z_loss"])}
+    summary = {name: total / weight if weight else float("nan") for name, total in means.items()}
+    for i, source in enumerate(source_names, start=1):
+        if weight := float(sums["source_weight"][i]):
+            summary[f"loss/{source}"] = float(sums["source_loss"][i]) / weight
+            summary[f"accuracy/{source}"] = float(sums["source_correct"][i]) / weight
+    return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a step takes: rows, inputs and targets length; matmul FLOPs, padding included; FLOP/s of all devices."""
+
+    batch_shape: tuple[int, int, int]
+    flops_per_step: float
+    flops_per_second: float
+
+
+def summarize_training(
+    sums: Mapping[str, np.ndarray], source_names: Sequence[str], seconds: float, cost: Cost
+) -> dict[str, float]:
+    """`summarize`, and the speed of the steps in `sums`, which took `seconds` of wall time.
+
+    tokens_per_second counts useful tokens of both sides; mfu is model FLOPs (no recomputation) against the peak.
+    """
+    steps = int(sums["steps"])
+    good = max(steps - int(sums["bad_steps"]), 1)
+    rows, inputs_length, targets_length = cost.batch_shape
+    inputs, targets = int(sums["inputs"]), int(sums["targets"])
+    return {
+        **summarize(sums, source_names),
+        "learning_rate": float(sums["learning_rate"]),
+        "grad_norm": float(sums["grad_norm"]) / good,
+        "skipped_steps": int(sums["bad_steps"]),
+        "tokens_per_second": (inputs + targets) / seconds,
+        "target_tokens_per_second": targets / seconds,
+        "step_seconds": seconds / steps,
+        "steps_per_second": steps / seconds,
+        "mfu": cost.flops_per_step * steps / seconds / cost.flops_per_second,
+        "useful_inputs": inputs / (good * rows * inputs_length),
+        "useful_targets": targets / (good * rows * targets_length),
+        "memory_gib": memory_gib(),
+    }
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """(FLOP/s of one device, where the figure is from): the table, or a matmul of `dtype` timed here."""
+    kind = jax.devices()[0].device_kind
+    for prefix, teraflops in PEAK_TFLOPS:
+        if kind.startswith(prefix):
+            return teraflops * 1e12, f"{kind}: {teraflops} TFLOP/s bf16 by its data sheet"
+    size = 1024
+    x = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
+    matmul = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+    best = min(_seconds(matmul, x) for _ in range(6))
+    # Fake devices share the cores, so one has its share of them.
+    flops = 2 * size**3 / best / (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
+    return flops, f"{kind}: {flops / 1e12:.3g} TFLOP/s {dtype} measured on a {size} x {size} matmul"
+
+
+def _seconds(function: Any, x: jax.Array) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(x))
+    return time.perf_counter() - start
+
+
+def memory_gib() -> float:
+    """Peak memory so far: of the fullest local accelerator, or of this process where the device is the CPU."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return (max(peaks) or kilobytes * 1024) / 2**30
+
+
+class MetricsLog:
+    """metrics.jsonl and samples.jsonl of a run folder, and TensorBoard events as t5x lays them out.
+
+    A resumed run first drops the lines past the step that it resumes from, so each step stands once.
+
+    Args:
+      folder: the run folder. step: where the run stands.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder = folder
+        self.resumed_from = step
+        self._writers: dict[str, Any] = {}
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _keep_lines_up_to(folder / name, step)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line; the numbers of "train" and "eval" go to TensorBoard, too (an eval's folder is its `task`)."""
+        self._append("metrics.jsonl", {"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+        if kind in ("train", "eval"):
+            folder = "train" if kind == "train" else f"training_eval/{values['task']}"
+            numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+            self._tensorboard(folder, step, {T5X_NAMES.get(name, name): value for name, value in numbers.items()})
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Lines of samples.jsonl: {"step", "task", "input", "target", "prediction"}. The first is shown on stderr."""
+        for sample in samples:
+            self._append("samples.jsonl", {"step": step, **sample})
+        for part in ("input", "target", "prediction") if samples else ():
+            print(f"  {part + ':':11} {samples[0][part][:150]}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        rounded = {key: float(f"{v:.6g}") if isinstance(v, float) and key != "time" else v for key, v in record.items()}
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(rounded, ensure_ascii=False) + "\n")
+
+    def _tensorboard(self, folder: str, step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter  # its EventFileWriter would load TensorFlow
+
+        if folder not in self._writers:
+            path = self.folder / folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writers[folder] = RecordWriter(open(path, "ab"))  # noqa: SIM115  closed in `close`
+            version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+            self._writers[folder].write(version.SerializeToString())
+            # TensorBoard drops what an interrupted run logged past this step.
+            status = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            start = event_pb2.Event(wall_time=time.time(), step=self.resumed_from + 1, session_log=status)
+            self._writers[folder].write(start.SerializeToString())
+        summary = summary_pb2.Summary(
+            value=[summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        )
+        event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+        self._writers[folder].write(event.SerializeToString())
+        self._writers[folder].flush()
+
+
+def _keep_lines_up_to(path: Path, step: int) -> None:
+    """Rewrite a JSON-lines file without the lines of later steps, and without a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text_atomic(path, "".join(kept))

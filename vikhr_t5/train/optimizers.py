@@ -1,0 +1,196 @@
+"""Adafactor as in t5x, AdamW plain and with nanoT5's RMS scaling. States mirror the parameter tree.
+
+Both are written for one tensor and mapped over the parameters. A parameter below a `layers` node is a stack of
+per-layer tensors (axis 0), and everything that is "per tensor" in an update rule - clipping by the update's RMS,
+scaling by the parameter's RMS, factoring - is vmapped over that axis, so stacking layers changes no update.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vikhr_t5.train.schedules import cosine, create_learning_rate_scheduler, warmup_stable_decay
+
+__all__ = [
+    "Adafactor",
+    "AdamW",
+    "OptimizerDef",
+    "clip_by_global_norm",
+    "cosine",
+    "create_learning_rate_scheduler",
+    "warmup_stable_decay",
+]
+
+Tree = Any  # a nested dict of arrays
+Axes = Any  # the same nested dict, with a tuple of logical axis names (or None) for each array
+
+
+class OptimizerDef(Protocol):
+    """What the step needs of an optimizer. The learning rate comes from outside, so that the step can report it."""
+
+    def init(self, params: Tree) -> Any:
+        """Zero state for `params`."""
+
+    def update(self, grads: Tree, state: Any, params: Tree, learning_rate: jax.Array) -> tuple[Tree, Any]:
+        """(what to add to the parameters, next state)."""
+
+    def state_axes(self, params: Tree, axes: Axes) -> Any:
+        """Logical axes of every array of the state, given those of the parameters (arrays or their shapes)."""
+
+
+class AdafactorState(NamedTuple):
+    """updates: how many were done, int32. moments: per parameter {"v"} or, factored, {"v_row", "v_col"}."""
+
+    updates: jax.Array
+    moments: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Adafactor (Shazeer & Stern, 1804.04235) with t5x's defaults and argument names; without momentum.
+
+    With t the number of this update counted from 1, beta = 1 - (t - step_offset)^-decay_rate:
+      v <- beta v + (1 - beta) (g^2 + epsilon1), kept as row and column means where the tensor's two largest
+      dimensions are both >= min_dim_size_to_factor; u = g / sqrt(v); u <- u / max(1, RMS(u) / clipping_threshold);
+      p <- p - learning_rate * max(RMS(p), epsilon2) * u (without the RMS if not multiply_by_parameter_scale).
+    """
+
+    decay_rate: float = 0.8
+    step_offset: int = 0
+    clipping_threshold: float | None = 1.0
+    multiply_by_parameter_scale: bool = True
+    factored: bool = True
+    min_dim_size_to_factor: int = 128
+    epsilon1: float = 1e-30
+    epsilon2: float = 1e-3
+
+    def init(self, params: Tree) -> AdafactorState:
+        return AdafactorState(jnp.zeros((), jnp.int32), _map_tensors(self._init_tensor, params))
+
+    def update(
+        self, grads: Tree, state: AdafactorState, params: Tree, learning_rate: jax.Array
+    ) -> tuple[Tree, AdafactorState]:
+        count = state.updates + 1
+        beta = 1.0 - (count - self.step_offset).astype(jnp.float32) ** -self.decay_rate
+
+        def tensor(p: jax.Array, g: jax.Array, moments: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return self._update_tensor(p, g, moments, beta, learning_rate)
+
+        pairs = _map_tensors(tensor, params, grads, state.moments)
+        updates, moments = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
+        return updates, AdafactorState(count, moments)
+
+    def state_axes(self, params: Tree, axes: Axes) -> AdafactorState:
+        def tensor(path: tuple, p: Any, names: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
+            stacked = _is_stacked(path)
+            dims = self._factored_dims(p.shape[stacked:])
+            if dims is None:
+                return {"v": names}
+            row, column = (dim + stacked for dim in dims)
+            return {"v_row": names[:column] + names[column + 1 :], "v_col": names[:row] + names[row + 1 :]}
+
+        return AdafactorState((), jax.tree_util.tree_map_with_path(tensor, params, axes))  # type: ignore[arg-type]
+
+    def _factored_dims(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """(row, column): the second largest and the largest dimension; None where v is kept whole."""
+        order = sorted(range(len(shape)), key=lambda dim: shape[dim])
+        if not self.factored or len(shape) < 2 or shape[order[-2]] < self.min_dim_size_to_factor:
+            return None
+        return order[-2], order[-1]
+
+    def _init_tensor(self, p: jax.Array) -> dict[str, jax.Array]:
+        dims = self._factored_dims(p.shape)
+        if dims is None:
+            return {"v": jnp.zeros(p.shape, jnp.float32)}
+        row, column = dims
+        zeros = jnp.zeros(p.shape, jnp.float32)
+        return {"v_row": zeros.mean(column), "v_col": zeros.mean(row)}
+
+    def _update_tensor(
+        self, p: jax.Array, g: jax.Array, moments: dict[str, jax.Array], beta: jax.Array, learning_rate: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        g = g.astype(jnp.float32)
+        square = jnp.square(g) + self.epsilon1
+        dims = self._factored_dims(p.shape)
+        if dims is None:
+            v = beta * moments["v"] + (1 - beta) * square
+            update, moments = g * jax.lax.rsqrt(v), {"v": v}
+        else:
+            row, column = dims
+            v_row = beta * moments["v_row"] + (1 - beta) * square.mean(column)
+            v_col = beta * moments["v_col"] + (1 - beta) * square.mean(row)
+            kept_row = row - (column < row)  # where `row` stands in v_row, which has lost `column`
+            row_factor = jax.lax.rsqrt(v_row / v_row.mean(kept_row, keepdims=True))
+            update = g * jnp.expand_dims(row_factor, column) * jnp.expand_dims(jax.lax.rsqrt(v_col), row)
+            moments = {"v_row": v_row, "v_col": v_col}
+        if self.clipping_threshold is not None:
+            update = update / jnp.maximum(1.0, _rms(update) / self.clipping_threshold)
+        scale = jnp.maximum(_rms(p), self.epsilon2) if self.multiply_by_parameter_scale else 1.0
+        return -learning_rate * scale * update, moments
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov & Hutter, 1711.05101) as `optax.adamw`; norm scales and relative biases do not decay.
+
+    rms_scaled: nanoT5's variant (github.com/PiotrNawrot/nanoT5): Adam's step is multiplied by max(1e-3, RMS(p)),
+      as Adafactor does, so a T5 takes Adafactor's learning rates (about 2e-2). The decay is not multiplied.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    rms_scaled: bool = False
+
+    MIN_RMS = 1e-3  # nanoT5's floor; not a field
+
+    def init(self, params: Tree) -> optax.ScaleByAdamState:
+        return self._adam.init(params)
+
+    def update(
+        self, grads: Tree, state: optax.ScaleByAdamState, params: Tree, learning_rate: jax.Array
+    ) -> tuple[Tree, optax.ScaleByAdamState]:
+        directions, state = self._adam.update(grads, state)
+        if self.rms_scaled:
+            directions = _map_tensors(lambda p, u: u * jnp.maximum(_rms(p), self.MIN_RMS), params, directions)
+
+        def tensor(path: tuple, p: jax.Array, u: jax.Array) -> jax.Array:
+            decay = self.weight_decay if path[-1].key in ("kernel", "embedding") else 0.0
+            return -learning_rate * (u + decay * p)
+
+        return jax.tree_util.tree_map_with_path(tensor, params, directions), state
+
+    def state_axes(self, params: Tree, axes: Axes) -> optax.ScaleByAdamState:
+        return optax.ScaleByAdamState(count=(), mu=axes, nu=axes)
+
+    @property
+    def _adam(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+
+def clip_by_global_norm(grads: Tree, norm: jax.Array, max_norm: float) -> Tree:
+    """`grads` scaled so that their global norm, which the caller has as `norm`, is at most `max_norm`."""
+    scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+    return jax.tree.map(lambda g: g * scale, grads)
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+
+def _is_stacked(path: tuple) -> bool:
+    return any(key.key == "layers" for key in path)
+
+
+def _map_tensors(function: Callable, params: Tree, *trees: Tree) -> Tree:
+    """Apply `function` to each tensor of `params` and what stands there in `trees`: to each layer of a stack alone."""
+
+    def apply(path: tuple, p: jax.Array, *rest: Any) -> Any:
+        return (jax.vmap(function) if _is_stacked(path) else function)(p, *rest)
+
+    return jax.tree_util.tree_map_with_path(apply, params, *trees)
