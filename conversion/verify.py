@@ -159,8 +159,8 @@ def measure(
         tokenized_equal=sum([*o, vocabulary.eos_id] == t for o, t in zip(encoded, tokenized, strict=True)),
         lines=len(texts),
         answers=[
-            (text, *(vocabulary.decode(side[len(lines) + i].tolist()) for side in (generated, their_generated)))
-            for i, (text, _) in enumerate(pairs)
+            (text, vocabulary.decode(ours.tolist()), vocabulary.decode(their.tolist()))
+            for (text, _), ours, their in zip(pairs, generated[len(lines) :], their_generated[len(lines) :], strict=True)
         ],
     )
 

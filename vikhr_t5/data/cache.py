@@ -43,7 +43,7 @@ from vikhr_t5.progress import Progress, human
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Caching needs no GPU: TensorFlow must neither take one nor warn (in C++, whatever the level) that there is none."""
+    """Caching needs no GPU: TensorFlow must neither take one nor warn, in C++, that there is none."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # set, not by default: JAX has set it to 1 for its subprocesses
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     sys.stderr.flush()
