@@ -160,7 +160,9 @@ def measure(
         lines=len(texts),
         answers=[
             (text, vocabulary.decode(ours.tolist()), vocabulary.decode(their.tolist()))
-            for (text, _), ours, their in zip(pairs, generated[len(lines) :], their_generated[len(lines) :], strict=True)
+            for (text, _), ours, their in zip(
+                pairs, generated[len(lines) :], their_generated[len(lines) :], strict=True
+            )
         ],
     )
 

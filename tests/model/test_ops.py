@@ -45,7 +45,7 @@ def test_attention_and_its_gradient(batch_path, with_bias, causal):
     cotangent = normal(4, B, T, H * K)
 
     def ours(q, k, v, bias):
-        return ops.attention(q, k, v, q_segments, k_segments, bias, causal, True)
+        return ops.attention(q, k, v, ops.attention_mask(q_segments, k_segments, causal), bias, True)
 
     def plain(q, k, v, bias):
         return plain_attention(q, k, v, q_segments, k_segments, bias, causal)

@@ -19,7 +19,7 @@ from vikhr_t5.model.network import Params
 class Cache(NamedTuple):
     """What the decoder remembers, in `config.dtype`; the encoder's part is fixed, the rest is filled step by step."""
 
-    encoder_segments: Array  # [B, S]
+    encoder_mask: Array  # bool [B, 1, S]
     encoder_keys: Array  # [L, B, S, H, K]
     encoder_values: Array
     keys: Array  # [L, B, T, H, K]
@@ -36,7 +36,7 @@ def start(params: Params, config: T5Config, encoder_input_tokens: Array, max_len
     keys, values = lax.scan(project, None, params["decoder"]["layers"]["encoder_decoder_attention"])[1]
     shape = (config.num_decoder_layers, encoded.shape[0], max_length, config.num_heads, config.head_dim)
     empty = jnp.zeros(shape, config.dtype)
-    return Cache(network.segments_of(encoder_input_tokens, None), keys, values, empty, empty)
+    return Cache((encoder_input_tokens > 0)[:, None, :], keys, values, empty, empty)
 
 
 def step(params: Params, config: T5Config, cache: Cache, tokens: Array, position: Array) -> tuple[Array, Cache]:
@@ -52,8 +52,7 @@ def step(params: Params, config: T5Config, cache: Cache, tokens: Array, position
     stack = params["decoder"]
     batch, max_length = cache.keys.shape[1:3]
     places = jnp.arange(max_length)
-    seen = jnp.broadcast_to((places <= position).astype(jnp.int32), (batch, max_length))
-    here = jnp.ones((batch, 1), jnp.int32)
+    seen = jnp.broadcast_to(places <= position, (batch, 1, max_length))
     distances = jnp.maximum(position - places, 0)
     buckets = jnp.asarray(ops.relative_position_buckets(-np.arange(max_length), False))[distances]
 
@@ -71,10 +70,10 @@ def step(params: Params, config: T5Config, cache: Cache, tokens: Array, position
 
         def attend_encoded(block: Params, y: Array) -> Array:
             query = network.project(block, config, y, "query")
-            return attend(block, query, encoder_keys, encoder_values, cache.encoder_segments, None)
+            return attend(block, query, encoder_keys, encoder_values, cache.encoder_mask, None)
 
-        def attend(block: Params, q: Array, k: Array, v: Array, segments: Array, bias: Array | None) -> Array:
-            attended = ops.attention(q, k, v, here, segments, bias, False, config.float32_attention_logits)
+        def attend(block: Params, q: Array, k: Array, v: Array, mask: Array, bias: Array | None) -> Array:
+            attended = ops.attention(q, k, v, mask, bias, config.float32_attention_logits)
             return ops.dense(attended, block["out"]["kernel"])
 
         x = network.decoder_layer(p, config, x, attend_self, attend_encoded, network.Dropout(0.0, None))

@@ -49,17 +49,16 @@ def _attention_block(
     config: T5Config,
     x: Array,
     memory: Array,
-    segments: tuple[Array, Array],
+    mask: Array,
     bias: Array | None,
     drop: Dropout,
-    causal: bool = False,
 ) -> Array:
     """Attention of x [B, T, D] to memory [B, S, D], which is x in self-attention -> [B, T, D]."""
     query = project(params, config, x, "query")
     key = project(params, config, memory, "key")
     # Dropout of the weights with one draw for all queries, as in t5x, is dropout of whole keys: of rows of value.
     value = drop(project(params, config, memory, "value"), broadcast_axis=-1)
-    attended = ops.attention(query, key, value, *segments, bias, causal, config.float32_attention_logits)
+    attended = ops.attention(query, key, value, mask, bias, config.float32_attention_logits)
     return ops.dense(attended, params["out"]["kernel"])
 
 
@@ -116,11 +115,6 @@ def _stack_bias(params: Params, config: T5Config, length: int, bidirectional: bo
     return lambda layer: bias
 
 
-def segments_of(tokens: Array, segment_ids: Array | None) -> Array:
-    """What attention masks are made of: 0 at padding (token 0), else 1 + the segment id (0 where nothing is packed)."""
-    return jnp.where(tokens > 0, 1 if segment_ids is None else 1 + segment_ids, 0)
-
-
 def embed(params: Params, config: T5Config, tokens: Array, drop: Dropout) -> Array:
     return _split_batch(drop(jnp.take(params["token_embedder"]["embedding"], tokens, axis=0).astype(config.dtype)))
 
@@ -144,12 +138,13 @@ def encode(
 ) -> Array:
     """encoder_input_tokens int [B, S] -> [B, S, D] in `config.dtype`. A dropout_key of None: no dropout."""
     stack = params["encoder"]
-    segments = segments_of(encoder_input_tokens, encoder_segment_ids)
+    segments = ops.segments_of(encoder_input_tokens, encoder_segment_ids)
+    mask = ops.attention_mask(segments, segments)
     bias = _stack_bias(stack, config, encoder_input_tokens.shape[1], bidirectional=True)
 
     def layer(p: Params, x: Array, drop: Dropout) -> Array:
         y = ops.rms_norm(x, p["pre_attention_layer_norm"]["scale"])
-        x += drop(_attention_block(p["attention"], config, y, y, (segments, segments), bias(p), drop))
+        x += drop(_attention_block(p["attention"], config, y, y, mask, bias(p), drop))
         y = ops.rms_norm(x, p["pre_mlp_layer_norm"]["scale"])
         return x + drop(_mlp_block(p["mlp"], config, y, drop))
 
@@ -178,16 +173,17 @@ def decode(
     if (encoder_segment_ids is None) != (decoder_segment_ids is None):
         raise ValueError("give encoder_segment_ids and decoder_segment_ids together, or neither")
     stack = params["decoder"]
-    segments = segments_of(decoder_target_tokens, decoder_segment_ids)
-    encoder_segments = segments_of(encoder_input_tokens, encoder_segment_ids)
+    segments = ops.segments_of(decoder_target_tokens, decoder_segment_ids)
+    causal_mask = ops.attention_mask(segments, segments, causal=True)
+    encoded_mask = ops.attention_mask(segments, ops.segments_of(encoder_input_tokens, encoder_segment_ids))
     bias = _stack_bias(stack, config, decoder_input_tokens.shape[1], bidirectional=False)
 
     def layer(p: Params, x: Array, drop: Dropout) -> Array:
         def attend_self(block: Params, y: Array) -> Array:
-            return _attention_block(block, config, y, y, (segments, segments), bias(p), drop, causal=True)
+            return _attention_block(block, config, y, y, causal_mask, bias(p), drop)
 
         def attend_encoded(block: Params, y: Array) -> Array:
-            return _attention_block(block, config, y, encoded, (segments, encoder_segments), None, drop)
+            return _attention_block(block, config, y, encoded, encoded_mask, None, drop)
 
         return decoder_layer(p, config, x, attend_self, attend_encoded, drop)
 

@@ -118,108 +118,90 @@ def relative_position_bias(table: Array, queries: int, keys: int, bidirectional:
     return rows[:, :, :keys]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    query_segments: Array,
-    key_segments: Array,
-    bias: Array | None,
-    causal: bool,
-    float32_logits: bool,
-) -> Array:
+def segments_of(tokens: Array, segment_ids: Array | None) -> Array:
+    """0 at padding (token 0), else 1 + the segment id, or 1 where nothing is packed. Any shape."""
+    return jnp.where(tokens > 0, 1 if segment_ids is None else 1 + segment_ids, 0)
+
+
+def attention_mask(query_segments: Array, key_segments: Array, causal: bool = False) -> Array:
+    """Who sees whom: [B, T], [B, S] -> bool [B, T, S].
+
+    A query sees the keys of its own segment; padding is seen by none. causal: nor a key after the query's position.
+    """
+    mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
+    return mask & np.tri(*mask.shape[1:], dtype=bool) if causal else mask
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attention(query: Array, key: Array, value: Array, mask: Array, bias: Array | None, float32_logits: bool) -> Array:
     """Multi-head attention without scaling (T5 folds 1/sqrt(K) into the initialiser of the query).
 
-    A query sees the keys of its own segment; segment 0 is padding and is seen by none. The weights [H, T, S] are
-    computed again in the backward pass, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135): what is kept is
-    linear in the length.
+    The weights [H, T, S] are computed again in the backward pass, as in FlashAttention (Dao et al. 2022,
+    arXiv:2205.14135): what is kept for it is linear in the length.
 
     Args:
         query: [B, T, H, K]. key, value: [B, S, H, K].
-        query_segments: int [B, T]. key_segments: int [B, S].
-        bias: [H, T, S], added to the logits; or None.
-        causal: a query also sees no key after its own row position.
+        mask: bool [B, T, S]. bias: [H, T, S], added to the logits; or None.
         float32_logits: keep the logits in float32; else they are rounded to query's dtype.
 
     Returns:
         [B, T, H*K]
     """
-    return _attention_forward(query, key, value, query_segments, key_segments, bias, causal, float32_logits)[0]
+    return _attention_forward(query, key, value, mask, bias, float32_logits)[0]
 
 
-def _logits(
-    q: Array, k: Array, q_segments: Array, k_segments: Array, bias: Array | None, causal: bool, float32_logits: bool
-) -> Array:
+def _logits(q: Array, k: Array, mask: Array, bias: Array | None, float32_logits: bool) -> Array:
     """Masked logits [..., H, T, S], float32."""
-    logits = jnp.einsum("...thk,...shk->...hts", q, k, preferred_element_type=jnp.float32)
+    logits = _einsum("...thk,...shk->...hts", q, k)
     if bias is not None:
         logits += bias
     if not float32_logits:
         logits = logits.astype(q.dtype).astype(jnp.float32)
-    visible = (q_segments[..., :, None] == k_segments[..., None, :]) & (k_segments[..., None, :] > 0)
-    if causal:
-        visible &= np.tri(q.shape[-3], k.shape[-3], dtype=bool)
-    return jnp.where(visible[..., None, :, :], logits, MASKED)
+    return jnp.where(mask[..., None, :, :], logits, MASKED)
+
+
+def _einsum(formula: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
 
 
 def _attention_forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    query_segments: Array,
-    key_segments: Array,
-    bias: Array | None,
-    causal: bool,
-    float32_logits: bool,
+    query: Array, key: Array, value: Array, mask: Array, bias: Array | None, float32_logits: bool
 ) -> tuple[Array, tuple]:
-    def attend(q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array) -> tuple[tuple, None]:
-        logits = _logits(q, k, q_segments, k_segments, bias, causal, float32_logits)
+    def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[tuple, None]:
+        logits = _logits(q, k, mask, bias, float32_logits)
         largest = logits.max(axis=-1)
         weights = jnp.exp(logits - largest[..., None])
         inverse = 1 / weights.sum(axis=-1)
-        sums = jnp.einsum("...hts,...shk->...thk", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
-        o = (sums * inverse.mT[..., None]).astype(q.dtype)
-        return (o.reshape(*o.shape[:-2], -1), largest, inverse), None
+        attended = _einsum("...hts,...shk->...thk", weights.astype(q.dtype), v) * inverse.mT[..., None]
+        return (attended.astype(q.dtype).reshape(*q.shape[:-2], -1), largest, inverse), None
 
-    arguments = (query, key, value, query_segments, key_segments)
-    (attended, largest, inverse), _ = _over_batch(attend, arguments, None)
-    return attended, (*arguments, bias, attended, largest, inverse)
+    (attended, largest, inverse), _ = _over_batch(attend, (query, key, value, mask), None)
+    return attended, (query, key, value, mask, bias, attended, largest, inverse)
 
 
-def _attention_backward(causal: bool, float32_logits: bool, kept: tuple, g: Array) -> tuple:
-    *arguments, bias, attended, largest, inverse = kept
-    dtype = g.dtype
+def _attention_backward(float32_logits: bool, kept: tuple, g: Array) -> tuple:
+    query, key, value, mask, bias, *results = kept
 
     def differentiate(
-        q: Array, k: Array, v: Array, q_segments: Array, k_segments: Array, o: Array, top: Array, inv: Array, g: Array
+        q: Array, k: Array, v: Array, mask: Array, attended: Array, largest: Array, inverse: Array, g: Array
     ) -> tuple[tuple, Array | None]:
-        o, g = o.reshape(q.shape), g.reshape(q.shape)
-        logits = settled(_logits(q, k, q_segments, k_segments, bias, causal, float32_logits))
-        weights = jnp.exp(logits - top[..., None]) * inv[..., None]
-        along = jnp.sum(g.astype(jnp.float32) * o, axis=-1).mT[..., None]  # [..., H, T, 1]
-        d_weights = jnp.einsum("...thk,...shk->...hts", g, v, preferred_element_type=jnp.float32)
-        d_logits = weights * (d_weights - along)
+        dtype = q.dtype
+        attended, g = attended.reshape(q.shape), g.reshape(q.shape)
+        weights = jnp.exp(_logits(q, k, mask, bias, float32_logits) - largest[..., None]) * inverse[..., None]
+        along = jnp.sum(g.astype(jnp.float32) * attended, axis=-1).mT[..., None]  # [..., H, T, 1]
+        d_logits = weights * (_einsum("...thk,...shk->...hts", g, v) - along)
         low = d_logits.astype(dtype)
-        dq = jnp.einsum("...hts,...shk->...thk", low, k, preferred_element_type=jnp.float32)
-        dk = jnp.einsum("...hts,...thk->...shk", low, q, preferred_element_type=jnp.float32)
-        dv = jnp.einsum("...hts,...thk->...shk", weights.astype(dtype), g, preferred_element_type=jnp.float32)
-        return (dq.astype(dtype), dk.astype(dtype), dv.astype(dtype)), None if bias is None else d_logits
+        dq = _einsum("...hts,...shk->...thk", low, k).astype(dtype)
+        dk = _einsum("...hts,...thk->...shk", low, q).astype(dtype)
+        dv = _einsum("...hts,...thk->...shk", weights.astype(dtype), g).astype(dtype)
+        return (dq, dk, dv), None if bias is None else d_logits
 
     zero = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    (dq, dk, dv), d_bias = _over_batch(differentiate, (*arguments, attended, largest, inverse, g), zero)
-    return dq, dk, dv, None, None, d_bias
+    (dq, dk, dv), d_bias = _over_batch(differentiate, (query, key, value, mask, *results, g), zero)
+    return dq, dk, dv, None, d_bias
 
 
 attention.defvjp(_attention_forward, _attention_backward)
-
-
-def settled(x: Array) -> Array:
-    """x itself, computed before what follows: XLA vectorises exp on a CPU only if no mask is fused into its loop.
-
-    Ten times as fast there; elsewhere the fusion is wanted.
-    """
-    return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def _over_batch(
