@@ -117,6 +117,7 @@ def run(
     initial: str | None = None,
     reset_optimizer: bool = False,
     best_metric: str | None = None,
+    best_mode: str = "min",
     slow: float = 0.0,
     model: EncoderDecoderModel | None = None,
     trainer: Trainer | None = None,
@@ -134,7 +135,7 @@ def run(
             train_dataset_cfg=dataset_config(batch_size),
             train_eval_dataset_cfg=dataset_config(batch_size, shuffle=False) if evaluate else None,
             checkpoint_cfg=CheckpointConfig(
-                SaveCheckpointConfig(period=period, keep=keep, best_metric=best_metric),
+                SaveCheckpointConfig(period=period, keep=keep, best_metric=best_metric, best_mode=best_mode),
                 RestoreCheckpointConfig(initial, reset_optimizer) if initial else None,
             ),
             partitioner=Partitioner(*mesh),

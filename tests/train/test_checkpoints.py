@@ -15,8 +15,9 @@ from tiny_run import CONFIG, TinyVocabulary, tiny_model
 
 from vikhr_t5.errors import UserError
 from vikhr_t5.model.network import T5Config
-from vikhr_t5.train import checkpoints, optimizers
-from vikhr_t5.train.checkpoints import Checkpoints, SaveCheckpointConfig, defect, find_checkpoint, read_params
+from vikhr_t5.train import checkpoint_files, checkpoints, optimizers
+from vikhr_t5.train.checkpoint_files import defect
+from vikhr_t5.train.checkpoints import Checkpoints, SaveCheckpointConfig, find_checkpoint, read_params
 from vikhr_t5.train.state import TrainState
 
 MODEL = tiny_model()
@@ -102,6 +103,12 @@ def test_keeps_the_newest_and_the_best(tmp_path, state):
     assert steps_in(tmp_path) == ["2", "4", "5"]
     save(Checkpoints(tmp_path, SaveCheckpointConfig(keep=2, best_metric="loss")), state, 6, metrics={"loss": 1.0})
     assert steps_in(tmp_path) == ["5", "6"]  # what was best is remembered by another process
+
+
+def test_an_unknown_best_metric_names_the_nearest(tmp_path, state):
+    saver = Checkpoints(tmp_path, SaveCheckpointConfig(best_metric="los"))
+    with pytest.raises(UserError, match=r"'los' is no metric \(nearest: loss"):
+        save(saver, state, 1, metrics={"loss": 1.0, "accuracy": 0.5})
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "manifest", "tree"])
@@ -225,7 +232,7 @@ def test_a_write_error_leaves_the_previous_checkpoint(tmp_path, state, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "write_text_atomic", full)
+    monkeypatch.setattr(checkpoint_files, "write_text_atomic", full)
     with pytest.raises(UserError, match=r"cannot save step 2 .*No space left.* last good checkpoint is .*/1"):
         save(saver, state, 2)
     assert steps_in(tmp_path) == ["1"]

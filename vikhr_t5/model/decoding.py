@@ -19,10 +19,10 @@ from vikhr_t5.model.network import Params
 class Cache(NamedTuple):
     """What the decoder remembers, in `config.dtype`; the encoder's part is fixed, the rest is filled step by step."""
 
-    encoder_mask: Array  # bool [B, 1, S]
-    encoder_keys: Array  # [L, B, S, H, K]
+    encoder_mask: Array  # bool [B, S]
+    encoder_keys: Array  # [L, B, H, S, K]
     encoder_values: Array
-    keys: Array  # [L, B, T, H, K]
+    keys: Array  # [L, B, H, T, K]
     values: Array
 
 
@@ -31,12 +31,24 @@ def start(params: Params, config: T5Config, encoder_input_tokens: Array, max_len
     encoded = network.encode(params, config, encoder_input_tokens)
 
     def project(_: None, block: Params) -> tuple[None, list[Array]]:
-        return None, [network.project(block, config, encoded, name) for name in ("key", "value")]
+        return None, [network.project(block, config, encoded, name).swapaxes(1, 2) for name in ("key", "value")]
 
     keys, values = lax.scan(project, None, params["decoder"]["layers"]["encoder_decoder_attention"])[1]
-    shape = (config.num_decoder_layers, encoded.shape[0], max_length, config.num_heads, config.head_dim)
+    shape = (config.num_decoder_layers, encoded.shape[0], config.num_heads, max_length, config.head_dim)
     empty = jnp.zeros(shape, config.dtype)
-    return Cache((encoder_input_tokens > 0)[:, None, :], keys, values, empty, empty)
+    return Cache(encoder_input_tokens > 0, keys, values, empty, empty)
+
+
+def attend(query: Array, keys: Array, values: Array, mask: Array, bias: Array | float, float32_logits: bool) -> Array:
+    """`ops.attention` of one query per row: [B, 1, H, K], twice [B, H, S, K], [B, S], bias [H, S] -> [B, 1, H*K].
+
+    Heads stand before the length in what is cached, so that a step transposes nothing.
+    """
+    logits = jnp.einsum("bthk,bhsk->bhs", query, keys, preferred_element_type=jnp.float32) + bias
+    logits = logits if float32_logits else logits.astype(query.dtype).astype(jnp.float32)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, :], logits, ops.MASKED)).astype(values.dtype)
+    attended = jnp.einsum("bhs,bhsk->bhk", weights, values, preferred_element_type=jnp.float32)
+    return attended.astype(query.dtype).reshape(query.shape[0], 1, -1)
 
 
 def step(params: Params, config: T5Config, cache: Cache, tokens: Array, position: Array) -> tuple[Array, Cache]:
@@ -50,30 +62,31 @@ def step(params: Params, config: T5Config, cache: Cache, tokens: Array, position
         Logits [B, V] float32 of the next token, and the cache with this position filled.
     """
     stack = params["decoder"]
-    batch, max_length = cache.keys.shape[1:3]
+    batch, _, max_length, _ = cache.keys.shape[1:]
     places = jnp.arange(max_length)
-    seen = jnp.broadcast_to(places <= position, (batch, 1, max_length))
-    distances = jnp.maximum(position - places, 0)
-    buckets = jnp.asarray(ops.relative_position_buckets(-np.arange(max_length), False))[distances]
+    seen = jnp.broadcast_to(places <= position, (batch, max_length))
+    buckets = jnp.asarray(ops.relative_position_buckets(-np.arange(max_length), bidirectional=False))
+    buckets = buckets[jnp.maximum(position - places, 0)]
 
     def layer(carry: tuple[Array, Array, Array], scanned: tuple[Params, Array, Array, Array]) -> tuple[tuple, None]:
         x, keys, values = carry
         p, index, encoder_keys, encoder_values = scanned
-        bias = (p if config.relative_bias_per_layer else stack)["relpos_bias"]["rel_embedding"][:, None, buckets]
+        bias = (p if config.relative_bias_per_layer else stack)["relpos_bias"]["rel_embedding"][:, buckets]
 
         def attend_self(block: Params, y: Array) -> Array:
             nonlocal keys, values
             query, key, value = (network.project(block, config, y, name) for name in ("query", "key", "value"))
-            keys = lax.dynamic_update_slice(keys, key[None], (index, 0, position, 0, 0))
-            values = lax.dynamic_update_slice(values, value[None], (index, 0, position, 0, 0))
-            return attend(block, query, keys[index], values[index], seen, bias)
+            place = (index, 0, 0, position, 0)
+            keys = lax.dynamic_update_slice(keys, key.swapaxes(1, 2)[None], place)
+            values = lax.dynamic_update_slice(values, value.swapaxes(1, 2)[None], place)
+            return output(block, query, keys[index], values[index], seen, bias)
 
         def attend_encoded(block: Params, y: Array) -> Array:
             query = network.project(block, config, y, "query")
-            return attend(block, query, encoder_keys, encoder_values, cache.encoder_mask, None)
+            return output(block, query, encoder_keys, encoder_values, cache.encoder_mask, 0.0)
 
-        def attend(block: Params, q: Array, k: Array, v: Array, mask: Array, bias: Array | None) -> Array:
-            attended = ops.attention(q, k, v, mask, bias, config.float32_attention_logits)
+        def output(block: Params, q: Array, k: Array, v: Array, mask: Array, bias: Array | float) -> Array:
+            attended = attend(q, k, v, mask, bias, config.float32_attention_logits)
             return ops.dense(attended, block["out"]["kernel"])
 
         x = network.decoder_layer(p, config, x, attend_self, attend_encoded, network.Dropout(0.0, None))

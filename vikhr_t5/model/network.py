@@ -116,6 +116,7 @@ def _stack_bias(params: Params, config: T5Config, length: int, bidirectional: bo
 
 
 def embed(params: Params, config: T5Config, tokens: Array, drop: Dropout) -> Array:
+    """int [B, T] -> [B, T, D] in `config.dtype`. A token outside of the embedding gives NaN, not another row."""
     return _split_batch(drop(jnp.take(params["token_embedder"]["embedding"], tokens, axis=0).astype(config.dtype)))
 
 

@@ -1,7 +1,7 @@
 """Pure functions that T5 is made of. No parameters are declared here.
 
-B batch, T query (target) length, S key (source) length, N any leading axes, H heads, K head dim, D model,
-F feed-forward or other output features, C matmuls fused into one, G relative-position buckets.
+B batch, T query (target) length, S key (source) length, H heads, K head dim, D model, F feed-forward or other output
+features, G relative-position buckets.
 
 T5: Raffel et al. 2020 (arXiv:1910.10683); gated feed-forward: Shazeer 2020 (arXiv:2002.05202).
 """
@@ -26,8 +26,8 @@ def dense(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """x [..., D] times kernel [D, F] -> [..., F] in `dtype` (x's where None).
 
     The kernel is rounded to x's dtype, products accumulate in float32, and the kernel's gradient stays in float32.
-    That gradient is contracted as x^T g; automatic differentiation makes it (g^T x)^T, which transposes two large
-    arrays on a CPU.
+    That gradient is x^T g over rows; automatic differentiation would contract (g^T x)^T over batch and length, for
+    which XLA first transposes both arrays on a CPU.
     """
     return _dense_forward(x, kernel, dtype)[0]
 
@@ -129,7 +129,7 @@ def attention_mask(query_segments: Array, key_segments: Array, causal: bool = Fa
     A query sees the keys of its own segment; padding is seen by none. causal: nor a key after the query's position.
     """
     mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
-    return mask & np.tri(*mask.shape[1:], dtype=bool) if causal else mask
+    return jnp.tril(mask) if causal else mask
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -1,14 +1,4 @@
-"""Checkpoints: Orbax's arrays, and beside them all that a resume or a conversion needs.
-
-    <run>/checkpoints/<step>/
-        params/  opt_state/     arrays (Orbax; opt_state is absent where a conversion made the checkpoint)
-        progress.json           step, data position and fingerprint, seed, counters
-        model_config.json  config.gin  vocabulary/{spiece.model, vocabulary.json}
-        manifest.json           the size of every file above; written last
-
-A checkpoint appears under its name by one rename, after everything in it is synced; the manifest then tells a whole
-one from one that lost files later (a full disk, a broken copy).
-"""
+"""Checkpoints: saved in the background by Orbax, kept by rules, restored onto any mesh; see `checkpoint_files`."""
 
 import contextlib
 import dataclasses
@@ -28,12 +18,10 @@ import jax
 import numpy as np
 
 from vikhr_t5.data.vocabulary import Vocabulary
-from vikhr_t5.errors import UserError
-from vikhr_t5.files import write_text_atomic
+from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.model.config import T5Config
+from vikhr_t5.train.checkpoint_files import defect, find_checkpoint, seal, steps
 from vikhr_t5.train.state import EncoderDecoderModel, TrainState
-
-MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +139,9 @@ class Checkpoints:
         if self.config.dtype != "float32":
             params = jax.tree.map(lambda p: p.astype(self.config.dtype), params)
         best = self.config.best_metric
-        kept = {best: float(metrics[best])} if best and metrics and best in metrics else None
+        if best and metrics and best not in metrics:
+            raise UserError(f"SaveCheckpointConfig.best_metric {best!r} is no metric ({nearest(best, metrics)})")
+        kept = {best: metrics[best]} if best and metrics else None
         self._files, self._saving = files, step
         arrays = sum(x.nbytes for x in jax.tree.leaves((params, state.opt_state)))  # compression saves little
         needed = arrays + sum(map(len, files.values())) + 2**20  # and Orbax's own small files
@@ -174,7 +164,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
-        return next((path for path in _steps(self.directory) if defect(path) is None), None)
+        return next((path for path in steps(self.directory) if defect(path) is None), None)
 
     def _complete(self) -> None:
         """Called by Orbax's thread when its own files are written, before the rename: ours, then the manifest."""
@@ -182,12 +172,7 @@ class Checkpoints:
         for name, content in self._files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-        listed = [path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA"]
-        for path in listed:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(listed)}
-        write_text_atomic(folder / MANIFEST, json.dumps({"version": 1, "files": sizes}, indent=1))
+        seal(folder)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -211,7 +196,7 @@ class Checkpoints:
         ) from cause
 
     def _set_damaged_aside(self) -> None:
-        for path in _steps(self.directory):
+        for path in steps(self.directory):
             if (reason := defect(path)) is not None:
                 aside = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -280,55 +265,6 @@ def read_params(path: str | os.PathLike[str]) -> SavedModel:
     vocabulary = json.loads((folder / "vocabulary" / "vocabulary.json").read_text())
     step = json.loads((folder / "progress.json").read_text())["step"]
     return SavedModel(params, config, folder / "vocabulary" / "spiece.model", vocabulary["extra_ids"], step)
-
-
-def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint meant by `path`: itself, or the newest whole one of a run folder (or of its `checkpoints`).
-
-    Raises:
-      UserError: `path` does not exist, or has no whole checkpoint; says what is wrong with the newest.
-    """
-    folder = Path(path).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"checkpoint {path}: no such folder")
-    if (folder / MANIFEST).is_file() or folder.name.isdigit():
-        candidates = [folder]
-    else:
-        candidates = _steps(folder / "checkpoints") or _steps(folder)
-    reasons: list[str] = []
-    for candidate in candidates:
-        reason = defect(candidate)
-        if reason is None:
-            if reasons:
-                print(f"{reasons[0]}: using {candidate}", file=sys.stderr)
-            return candidate
-        reasons.append(f"checkpoint {candidate} is not whole ({reason})")
-    raise UserError(
-        reasons[0] if reasons else f"{path} holds no checkpoint: give a run folder or a checkpoint's folder"
-    )
-
-
-def defect(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's folder; None where every file of its manifest is there in full."""
-    try:
-        sizes = json.loads((folder / MANIFEST).read_text())["files"]
-    except OSError:
-        return f"no {MANIFEST}"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is not readable"
-    for name, size in sizes.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        found = (folder / name).stat().st_size
-        if found != size:
-            return f"{name} has {found} of {size} bytes"
-    return None
-
-
-def _steps(directory: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    found = [path for path in directory.glob("*") if path.name.isdigit() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def _restore_tree(path: Path, like: Any, hint: str) -> Any:

@@ -65,7 +65,7 @@ class Evaluator:
 
     def samples(self, params: Any) -> list[dict[str, str]]:
         """The first examples of the dataset, one of each source before a second of any: as text, with predictions."""
-        chosen = self._choose()
+        chosen = self._choose() if self.num_samples else []
         if not chosen:
             return []
         inputs_length = max(len(example["inputs"]) for _, example in chosen)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import psutil
 
 from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
 from vikhr_t5.errors import UserError
@@ -78,12 +77,18 @@ def train(
         eval_dataset = open_dataset(train_eval_dataset_cfg, model.vocabulary)
         evaluator = Evaluator(model, partitioner, eval_dataset, eval_steps, num_samples, shardings.params)
 
+    if checkpoint_cfg.save.best_metric and (evaluator is None or checkpoint_cfg.save.period % eval_period):
+        raise UserError(
+            f"SaveCheckpointConfig.best_metric needs an evaluation at each checkpoint: make its period"
+            f" ({checkpoint_cfg.save.period}) a multiple of EVAL_PERIOD ({eval_period})"
+        )
     saver = Checkpoints(folder / "checkpoints", checkpoint_cfg.save)
     state, progress, origin = starting_state(model, shardings, saver.newest(), checkpoint_cfg.restore, random_seed)
     first, step = progress["first_step"], int(state.step)
     total_steps = total_steps if relative_steps is None else first + relative_steps
-    if progress.setdefault("dataset", dataset.fingerprint) != dataset.fingerprint:
+    if progress.get("dataset", dataset.fingerprint) != dataset.fingerprint:
         _say("the data or its configuration is not the checkpoint's: batches continue, by number, in the new data")
+    progress["dataset"] = dataset.fingerprint
     if step == first >= total_steps:
         raise UserError(
             f"{origin}, step {step}; training ends at {total_steps}, counted from step 0: set"
@@ -94,10 +99,9 @@ def train(
         return step
 
     files = checkpoints.described(model, config_text)
-    for name, content in files.items():
+    for name, content in files.items() if jax.process_index() == 0 else ():
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
-    log = metrics.MetricsLog(folder, step)
     num_sources = len(dataset.source_names)
     rows, (inputs_length, targets_length) = dataset.batch_size, dataset.lengths
     peak, peak_source = metrics.peak_flops(model.config.dtype)
@@ -124,6 +128,8 @@ def train(
     )
     run_step = jitted.lower(state, sums, batch, dropout_key).compile()
 
+    log = metrics.MetricsLog(folder, step)
+    about = {"origin": origin, "parameters": model.config.param_count(), "peak": peak_source}
     began, started = step, time.perf_counter()
     in_flight: collections.deque[jax.Array] = collections.deque()
     with (
@@ -143,7 +149,7 @@ def train(
                 jax.block_until_ready(in_flight.popleft())
             if step == began + 1:
                 jax.block_until_ready(done)
-                log.write("start", began, {"origin": origin, **_environment(model, partitioner), "peak": peak_source})
+                log.write("start", began, {**about, **metrics.environment(partitioner.mesh.shape)})
             bar.advance()
 
             last = step == total_steps or stop.name is not None
@@ -215,7 +221,9 @@ def starting_state(
         step, origin = saved["step"], f"started from {path}"
     else:
         key = jax.random.split(jax.random.key(seed))[0]  # the other half is dropout's
-        state = jax.jit(model.init_state, out_shardings=shardings)(key)
+        # Half the optimization halves the compilation, which takes longer than the work; the values are the same.
+        quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+        state = jax.jit(model.init_state, out_shardings=shardings, compiler_options=quick)(key)
         step, origin = 0, f"fresh parameters, seed {seed}"
     return state, {"step": step, "first_step": step, "seed": seed, "tokens": 0}, origin
 
@@ -224,18 +232,7 @@ def use_compilation_cache() -> None:
     """Keep XLA's programs between runs, unless JAX_ENABLE_COMPILATION_CACHE=0; JAX_COMPILATION_CACHE_DIR moves them."""
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/vikhr_t5/xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _environment(model: EncoderDecoderModel, partitioner: Partitioner) -> dict[str, Any]:
-    """For the line at the start of a run; `startup_seconds` is from the start of the process."""
-    return {
-        "parameters": model.config.param_count(),
-        "devices": jax.device_count(),
-        "device_kind": jax.devices()[0].device_kind,
-        "mesh": dict(partitioner.mesh.shape),
-        "startup_seconds": round(time.time() - psutil.Process().create_time(), 2),
-    }
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _non_finite(step: int, saver: Checkpoints) -> str:

@@ -3,20 +3,24 @@
 A name that t5x also logs has t5x's name in TensorBoard; in metrics.jsonl the names are short.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import resource
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
+from vikhr_t5.errors import UserError
 from vikhr_t5.files import write_text_atomic
 
 # Dense bf16 matmul peaks of one device (fp16 for V100 and T4, which lack bf16), TFLOP/s, from the makers' data sheets.
@@ -139,12 +143,20 @@ class MetricsLog:
         self.folder = folder
         self.resumed_from = step
         self._writers: dict[str, Any] = {}
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        self._writes = jax.process_index() == 0  # of several hosts, one
+        for name in ("metrics.jsonl", "samples.jsonl") if self._writes else ():
             _keep_lines_up_to(folder / name, step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line; the numbers of "train" and "eval" go to TensorBoard, too (an eval's folder is its `task`)."""
-        self._append("metrics.jsonl", {"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+        """One line; the numbers of "train" and "eval" go to TensorBoard, too (an eval's folder is its `task`).
+
+        Raises:
+          UserError: the line cannot be written (a full disk).
+        """
+        if not self._writes:
+            return
+        plain = {name: _plain(value) for name, value in values.items()}
+        self._append("metrics.jsonl", {"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
         if kind in ("train", "eval"):
             folder = "train" if kind == "train" else f"training_eval/{values['task']}"
             numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
@@ -152,6 +164,8 @@ class MetricsLog:
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Lines of samples.jsonl: {"step", "task", "input", "target", "prediction"}. The first is shown on stderr."""
+        if not self._writes:
+            return
         for sample in samples:
             self._append("samples.jsonl", {"step": step, **sample})
         for part in ("input", "target", "prediction") if samples else ():
@@ -161,10 +175,18 @@ class MetricsLog:
         for writer in self._writers.values():
             writer.close()
 
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write metrics to {self.folder}: {error.strerror}; make room and run the same command again"
+            ) from error
+
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        rounded = {key: float(f"{v:.6g}") if isinstance(v, float) and key != "time" else v for key, v in record.items()}
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded, ensure_ascii=False) + "\n")
+        with self._explained(), open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _tensorboard(self, folder: str, step: int, values: Mapping[str, float]) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -184,8 +206,24 @@ class MetricsLog:
             value=[summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         )
         event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
-        self._writers[folder].write(event.SerializeToString())
-        self._writers[folder].flush()
+        with self._explained():
+            self._writers[folder].write(event.SerializeToString())
+            self._writers[folder].flush()
+
+
+def environment(mesh: Mapping[str, int]) -> dict[str, Any]:
+    """Of the line at the start of a run; `startup_seconds` counts from the start of the process."""
+    return {
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "mesh": dict(mesh),
+        "startup_seconds": time.time() - psutil.Process().create_time(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Seven digits are enough for a metric, and JSON has no NaN."""
+    return value if not isinstance(value, float) else float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:

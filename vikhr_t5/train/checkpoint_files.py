@@ -1,0 +1,81 @@
+"""A checkpoint on disk: Orbax's arrays, and beside them all that a resume or a conversion needs.
+
+    <run>/checkpoints/<step>/
+        params/  opt_state/     arrays (opt_state is absent where a conversion made the checkpoint)
+        progress.json           step, data position and fingerprint, seed, counters
+        model_config.json  config.gin  vocabulary/{spiece.model, vocabulary.json}
+        manifest.json           the size of every file above; written last
+
+A checkpoint appears under its name by one rename, after everything in it is synced; the manifest then tells a whole
+one from one that lost files later (a full disk, a broken copy). No JAX here.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from vikhr_t5.errors import UserError
+from vikhr_t5.files import write_text_atomic
+
+MANIFEST = "manifest.json"
+
+
+def seal(folder: Path) -> None:
+    """Sync what was written in a checkpoint's folder, and write its manifest."""
+    # Orbax changes _CHECKPOINT_METADATA once more, after this.
+    listed = [path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA"]
+    for path in listed:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(listed)}
+    write_text_atomic(folder / MANIFEST, json.dumps({"version": 1, "files": sizes}, indent=1))
+
+
+def defect(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's folder; None where every file of its manifest is there in full."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())["files"]
+    except OSError:
+        return f"no {MANIFEST}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not readable"
+    for name, size in sizes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        found = (folder / name).stat().st_size
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def steps(directory: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [path for path in directory.glob("*") if path.name.isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint meant by `path`: itself, or the newest whole one of a run folder (or of its `checkpoints`).
+
+    Raises:
+      UserError: `path` does not exist, or has no whole checkpoint; says what is wrong with the newest.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"checkpoint {path}: no such folder")
+    if (folder / MANIFEST).is_file() or folder.name.isdigit():
+        candidates = [folder]
+    else:
+        candidates = steps(folder / "checkpoints") or steps(folder)
+    reasons: list[str] = []
+    for candidate in candidates:
+        reason = defect(candidate)
+        if reason is None:
+            if reasons:
+                print(f"{reasons[0]}: using {candidate}", file=sys.stderr)
+            return candidate
+        reasons.append(f"checkpoint {candidate} is not whole ({reason})")
+    raise UserError(
+        reasons[0] if reasons else f"{path} holds no checkpoint: give a run folder or a checkpoint's folder"
+    )
