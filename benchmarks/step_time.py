@@ -127,7 +127,7 @@ class Theirs:
         from transformers import T5Config, T5ForConditionalGeneration
         from transformers.optimization import Adafactor
 
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         d, heads, k, f, layers = SIZES[options.size]
         config = T5Config(
             vocab_size=VOCABULARY, d_model=d, num_heads=heads, d_kv=k, d_ff=f, num_layers=layers,
