@@ -22,7 +22,6 @@ import gin.config
 
 from vikhr_t5 import t5x_dialect
 from vikhr_t5.errors import UserError, nearest
-from vikhr_t5.packages import require_own
 
 _INCLUDE = re.compile(r"^(?P<head>\s*include\s+)(?P<quote>['\"])(?P<name>[^'\"]+)(?P=quote)(?P<rest>.*)$", re.DOTALL)
 _LOCATION = re.compile(r'\n  In (?:file "(?P<file>.*?)",|bindings string) line (?P<line>\d+)')
@@ -252,11 +251,6 @@ def _reword(error: Exception, message: str) -> str:
         names = [name for name in vars(sys.modules[match[2]]) if not name.startswith("_")]
         return f"{match[1]}: the module {match[2]} has no {match[3]} ({nearest(match[3], names)})"
     if isinstance(error, ImportError):
-        module = re.search(r"No module named '([\w.]+)'", message)
-        try:
-            require_own(module and module[1])
-        except UserError as hidden:
-            return str(hidden)
         return f"cannot import: {message}"
     return message
 

@@ -13,6 +13,7 @@ import types
 from typing import Any
 
 from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.packages import require_own
 
 TABLE: dict[str, dict[str, str]] = {
     "__main__": {"train": "vikhr_t5.train.loop:train"},
@@ -88,6 +89,7 @@ def rewrite_import(line: str) -> str:
     module = match["module"] or f"{match['package']}.{match['name']}"
     top = module.split(".")[0]
     if module not in TABLE:
+        require_own(module)  # here, since Python would take a submodule of ours from an editable install all the same
         if top == "t5x" or module.startswith("seqio."):
             raise UserError(f"vikhr-t5 has no counterpart of t5x's module {module} ({nearest(module, TABLE)})")
         return line
