@@ -1,13 +1,16 @@
 """Time and memory of one training step of T5 v1.1, beside PyTorch transformers on the same machine in the same run.
 
-    python benchmarks/step_time.py                     t5_1_1_small, float32, batch 8, 512/114
+    python benchmarks/step_time.py                     t5_1_1_small, float32, batch 8, 512/114, dropout 0.1
+    python benchmarks/step_time.py --dropout_rate 0    as in pre-training
     python benchmarks/step_time.py --size base --batch_size 4 --dtype bfloat16 --json
 
-A step is forward, backward and Adafactor, without dropout, on the same tokens. Each side is a process of its own with
-huge pages for malloc; they take turns step by step, so that other work on the machine meets both alike, and medians
-are reported: of wall time, and of processor time, which says more where the machine is shared. transformers runs with
-sdpa attention, and under autocast for bfloat16. A third process times the parts of our step and the rate of a large
-matmul, which gives the floor: FLOPs of the matmuls divided by that rate.
+A step is forward, backward and Adafactor on the same tokens, with the dropout of fine-tuning, which is the default of
+both. Each side is a process of its own with huge pages for malloc. They take turns, so that other work on the machine
+meets both alike; a turn is three steps, of which the first is not timed: memory that a side freed may have left the
+machine meanwhile. Medians are reported: of wall time, and of processor time, which says more where the machine is
+shared. transformers runs with sdpa attention, and under autocast for bfloat16. A third process times the parts of our
+step and the rate of a large matmul, which gives the floor: FLOPs of the matmuls divided by that rate.
+`taskset -c 0` before the command compares one core.
 """
 
 import argparse
@@ -34,6 +37,7 @@ SIZES = {  # emb_dim, num_heads, head_dim, mlp_dim, layers of either stack
     "base": (768, 12, 64, 2048, 12),
 }
 LEARNING_RATE = 1e-3
+STEPS_PER_TURN = 3  # the first warms up
 MATMUL = (4096, 2048, 4096)
 
 
@@ -54,9 +58,8 @@ class Ours:
         from vikhr_t5.train.optimizers import Adafactor
 
         d, heads, k, f, layers = SIZES[options.size]
-        self.config = config = network.T5Config(
-            VOCABULARY, options.dtype, d, heads, layers, layers, k, f, GATED, dropout_rate=0.0
-        )
+        sizes = (VOCABULARY, options.dtype, d, heads, layers, layers, k, f, GATED, options.dropout_rate)
+        self.config = config = network.T5Config(*sizes, remat_policy="minimal")
         self.jax, self.network, self.token_losses = jax, network, token_losses
         self.optimizer = Adafactor()
         module = network.Transformer(config)
@@ -64,21 +67,26 @@ class Ours:
         decoder_inputs = jax.numpy.pad(targets, ((0, 0), (1, 0)))[:, :-1]
         self.batch = (inputs, decoder_inputs, targets)
 
-        def loss(params: Any) -> Any:
-            hidden = module.apply({"params": params}, *self.batch, method="decoder_hidden")
+        def loss(params: Any, key: Any) -> Any:
+            hidden = module.apply(
+                {"params": params}, *self.batch, enable_dropout=True, rngs={"dropout": key}, method="decoder_hidden"
+            )
             return token_losses(hidden, *network.head(params, config), targets).loss.mean()
 
-        def step(params: Any, state: Any) -> Any:
-            value, gradients = jax.value_and_grad(loss)(params)
+        def step(params: Any, state: Any, key: Any) -> Any:
+            key, next_key = jax.random.split(key)
+            value, gradients = jax.value_and_grad(loss)(params, key)
             updates, state = self.optimizer.update(gradients, state, params, LEARNING_RATE)
-            return value, jax.tree.map(jax.numpy.add, params, updates), state
+            return value, jax.tree.map(jax.numpy.add, params, updates), state, next_key
 
         self.params = jax.jit(lambda: network.init(config, jax.random.key(0)))()
         self.state = jax.jit(self.optimizer.init)(self.params)
-        self.compiled = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state).compile()
+        self.key = jax.random.key(1)
+        self.compiled = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.key).compile()
 
     def step(self) -> float:
-        value, self.params, self.state = self.jax.block_until_ready(self.compiled(self.params, self.state))
+        done = self.compiled(self.params, self.state, self.key)
+        value, self.params, self.state, self.key = self.jax.block_until_ready(done)
         return float(value)
 
     def parts(self, options: argparse.Namespace, repeats: int) -> dict[str, dict[str, float]]:
@@ -131,7 +139,8 @@ class Theirs:
         d, heads, k, f, layers = SIZES[options.size]
         config = T5Config(
             vocab_size=VOCABULARY, d_model=d, num_heads=heads, d_kv=k, d_ff=f, num_layers=layers,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=False, decoder_start_token_id=0,
+            feed_forward_proj="gated-gelu", dropout_rate=options.dropout_rate, tie_word_embeddings=False,
+            decoder_start_token_id=0,
         )  # fmt: skip
         config._attn_implementation = "sdpa"
         self.model = T5ForConditionalGeneration(config).train()
@@ -156,10 +165,9 @@ def work(side: str, options: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     say = lambda answer: print(json.dumps(answer), file=answers, flush=True)  # noqa: E731
-    runner = {"ours": Ours, "theirs": Theirs}["ours" if side == "parts" else side](options)
     if side == "parts":
-        say(runner.parts(options, options.repeats))
-        return
+        return say(Ours(options).parts(options, repeats=5))
+    runner = Ours(options) if side == "ours" else Theirs(options)
     say({"ready": True})
     for _ in sys.stdin:
         wall, processor = time.perf_counter(), time.process_time()
@@ -188,18 +196,20 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     for worker in workers.values():
         answer(worker)
     steps: dict[str, list[dict[str, float]]] = {side: [] for side in workers}
-    for repeat in range(options.repeats + 2):
+    for turn in range(options.turns):
         for side, worker in workers.items():
             assert worker.stdin is not None
-            worker.stdin.write("step\n")
-            worker.stdin.flush()
-            steps[side].append(answer(worker))
-            print(f"step {repeat} {side}: {steps[side][-1]['wall']:.2f} s", file=sys.stderr)
+            for _ in range(STEPS_PER_TURN):
+                worker.stdin.write("step\n")
+                worker.stdin.flush()
+                steps[side].append(answer(worker))
+            shown = ", ".join(f"{step['wall']:.2f}" for step in steps[side][-STEPS_PER_TURN:])
+            print(f"turn {turn} {side}: {shown} s", file=sys.stderr)
     result = {}
     for side, worker in workers.items():
         assert worker.stdin is not None
         worker.stdin.close()
-        timed = steps[side][2:]  # the first two warm up
+        timed = [step for number, step in enumerate(steps[side]) if number % STEPS_PER_TURN]
         result[side] = {
             **{kind: median(step[kind] for step in timed) for kind in ("wall", "processor")},
             "fastest": min(step["wall"] for step in timed),
@@ -216,7 +226,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--inputs", type=int, default=512)
     parser.add_argument("--targets", type=int, default=114)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dropout_rate", type=float, default=0.1, help="of both; the parts are timed without")
+    parser.add_argument("--turns", type=int, default=4, help="of each side")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--worker", choices=("ours", "theirs", "parts"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -232,7 +243,8 @@ def main() -> None:
         return print(json.dumps(result, indent=2))
 
     print(
-        f"\nt5 v1.1 {options.size}, {options.dtype}, batch {options.batch_size}, {options.inputs}/{options.targets}\n"
+        f"\nt5 v1.1 {options.size}, {options.dtype}, batch {options.batch_size}, {options.inputs}/{options.targets},"
+        f" dropout {options.dropout_rate}\n"
     )
     print("            median s   fastest s   processor s   peak GiB   first loss")
     for side, name in (("ours", "vikhr-t5"), ("theirs", "transformers")):

@@ -100,8 +100,11 @@ def _scan_layers(
         return _split_batch(layer(scanned[0], carry, Dropout(config.dropout_rate, scanned[1]))), None
 
     if config.remat_policy != "none":
-        policies = {"minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-        body = jax.checkpoint(body, policy=policies[config.remat_policy], prevent_cse=False)
+        known = jax.checkpoint_policies
+        matmuls = known.save_from_both_policies(
+            known.dots_with_no_batch_dims_saveable, known.save_only_these_names(ops.ATTENTION)
+        )
+        body = jax.checkpoint(body, policy={"minimal": matmuls, "full": None}[config.remat_policy], prevent_cse=False)
     return lax.scan(body, x, (params, keys))[0]
 
 

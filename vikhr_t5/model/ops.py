@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128
 NORM_EPSILON = 1e-6
+ATTENTION = "attention"  # the name by which a remat policy can keep what attention computed
 MASKED = -1e10  # t5x's value: a query that may see nothing attends uniformly instead of giving NaN
 
 
@@ -175,7 +177,8 @@ def _attention_forward(
         attended = _einsum("...hts,...shk->...thk", weights.astype(q.dtype), v) * inverse.mT[..., None]
         return (attended.astype(q.dtype).reshape(*q.shape[:-2], -1), largest, inverse), None
 
-    (attended, largest, inverse), _ = _over_batch(attend, (query, key, value, mask), None)
+    results, _ = _over_batch(attend, (query, key, value, mask), None)
+    attended, largest, inverse = (checkpoint_name(result, ATTENTION) for result in results)
     return attended, (query, key, value, mask, bias, attended, largest, inverse)
 
 
