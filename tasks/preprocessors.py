@@ -10,7 +10,7 @@ import seqio
 import tensorflow as tf
 
 from vikhr_t5.data.denoisers import Codes, Denoiser, IntArray, Window, check, corrupt, longest_window, mixture, to_json
-from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.data.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary
 from vikhr_t5.errors import UserError
 
 _SPLITS = (np.arange(16) + 0.5) / 16  # the points that stand for a random split
@@ -120,7 +120,11 @@ def _seqio_seed() -> np.ndarray:
     return np.array(next(take_seed(tf.data.Dataset.from_tensors(0)).as_numpy_iterator())).view(np.uint64)
 
 
-def _vocabulary(feature: seqio.Feature) -> Vocabulary:
+def _vocabulary(feature: seqio.Feature) -> AnyVocabulary:
+    if isinstance(feature.vocabulary, seqio.ByteVocabulary):
+        return ByteVocabulary(feature.vocabulary.extra_ids)
     if not isinstance(feature.vocabulary, seqio.SentencePieceVocabulary):
-        raise UserError(f"denoising needs a SentencePieceVocabulary in output_features; got {feature.vocabulary}")
+        raise UserError(
+            f"denoising needs a SentencePieceVocabulary or ByteVocabulary in output_features; got {feature.vocabulary}"
+        )
     return Vocabulary(feature.vocabulary.sentencepiece_model_file, feature.vocabulary.extra_ids)

@@ -3,9 +3,9 @@
 seqio registers tasks when their module is imported, before any argument can reach them. The commands of vikhr-t5 set
 these variables from the gin macros; whoever imports the tasks elsewhere (real t5x, a notebook) sets them first.
 
-    VIKHR_T5_VOCABULARY   path of a SentencePiece model   gin: VOCABULARY_FILE
-    VIKHR_T5_EXTRA_IDS    number of sentinels             gin: EXTRA_IDS (300)
-    VIKHR_T5_DATA_DIR     folder of the corpora           (none: the tasks that need it say so)
+    VIKHR_T5_VOCABULARY   path of a SentencePiece model, or "bytes"   gin: VOCABULARY_FILE
+    VIKHR_T5_EXTRA_IDS    number of sentinels                         gin: EXTRA_IDS (300; bytes: 0, as in ByT5)
+    VIKHR_T5_DATA_DIR     folder of the corpora                       (none: the tasks that need it say so)
 """
 
 import os
@@ -18,7 +18,7 @@ from vikhr_t5.errors import UserError
 VOCABULARY, EXTRA_IDS, DATA_DIR = "VIKHR_T5_VOCABULARY", "VIKHR_T5_EXTRA_IDS", "VIKHR_T5_DATA_DIR"
 
 
-def vocabulary() -> seqio.SentencePieceVocabulary:
+def vocabulary() -> seqio.SentencePieceVocabulary | seqio.ByteVocabulary:
     """The run's vocabulary; its file is read at first use, so it need not exist yet.
 
     Raises:
@@ -27,9 +27,11 @@ def vocabulary() -> seqio.SentencePieceVocabulary:
     path = os.environ.get(VOCABULARY)
     if not path:
         raise UserError(f"no vocabulary: set {VOCABULARY} to a SentencePiece model (in gin: VOCABULARY_FILE)")
-    extra_ids = os.environ.get(EXTRA_IDS, "300")
+    extra_ids = os.environ.get(EXTRA_IDS, "0" if path == "bytes" else "300")
     if not extra_ids.isdigit():
         raise UserError(f"{EXTRA_IDS}={extra_ids!r} is no number of sentinels (in gin: EXTRA_IDS)")
+    if path == "bytes":
+        return seqio.ByteVocabulary(int(extra_ids))
     return seqio.SentencePieceVocabulary(path, extra_ids=int(extra_ids))
 
 

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 
 from vikhr_t5.data.pipeline import DatasetConfig
+from vikhr_t5.data.vocabulary import Vocabulary
 from vikhr_t5.model.network import T5Config, Transformer
 from vikhr_t5.train import loop, optimizers
 from vikhr_t5.train.checkpoints import CheckpointConfig, RestoreCheckpointConfig, SaveCheckpointConfig
@@ -36,9 +37,7 @@ class TinyVocabulary:
     """100 ids with the surface of `Vocabulary` that the trainer uses."""
 
     size, padded_size, extra_ids, eos_id, model_bytes = 100, 128, 10, 1, b"no model"
-
-    def fingerprint(self) -> str:
-        return "tiny"
+    fingerprint = Vocabulary.fingerprint
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(str(i) for i in ids if i > 1)

@@ -15,7 +15,8 @@ from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
 from vikhr_t5.data.store import CacheMissing, CacheStale, open_cached
 from vikhr_t5.errors import UserError
 from vikhr_t5.progress import human
-from vikhr_t5.train.checkpoints import RestoreCheckpointConfig, find_checkpoint
+from vikhr_t5.train.checkpoint_files import find_checkpoint
+from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
 from vikhr_t5.train.partitioning import Partitioner
 from vikhr_t5.train.state import EncoderDecoderModel
 
@@ -60,7 +61,7 @@ def _model(model: EncoderDecoderModel) -> Rows:
         ("compute", f"{c.dtype}, remat {c.remat_policy}, dropout {c.dropout_rate:g}"),
         (
             "vocabulary",
-            f"{v.size:,} ids ({v.extra_ids} sentinels) in {c.vocab_size:,} rows: {v.sentencepiece_model_file}",
+            f"{v.size:,} ids ({v.num_sentinels} sentinels) in {c.vocab_size:,} rows: {v.source}",
         ),
         ("optimizer", str(model.optimizer)),
     ]

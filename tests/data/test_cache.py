@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import seqio
 
 from vikhr_t5.data import cache as cache_module
 from vikhr_t5.data import sources
+from vikhr_t5.data.byte_vocabulary import ByteVocabulary
 from vikhr_t5.data.cache import cache, import_tasks
 from vikhr_t5.data.store import TokenStore, ensure_cached, open_cached, task_directory
 from vikhr_t5.errors import UserError
@@ -106,6 +108,29 @@ seqio.MixtureRegistry.add(NAME, [NAME + "_pairs", NAME + "_long", NAME + "_plain
                 assert tokens[-1] == 1
         assert store.manifest.transform is None
         assert store.manifest.frozen == (["append_eos_after_trim"] if task.endswith("long") else [])
+
+
+def test_bytes_are_those_of_seqio(module, tmp_path):
+    tasks = """
+features = {{name: seqio.Feature(seqio.ByteVocabulary({extra_ids}), add_eos=True) for name in ("inputs", "targets")}}
+add = functools.partial(seqio.TaskRegistry.add, output_features=features)
+add(NAME + "_bytes", source=pairs, preprocessors=[to_both, tokenize, placeholder, append_eos])
+add(NAME + "_text", source=text, preprocessors=[to_targets, tokenize, placeholder, Later()])
+"""
+    name = module(tasks.format(extra_ids=5))
+    manifest = cache(f"{name}_bytes", name, "cache", vocabulary_file="bytes", extra_ids=5)[f"{name}_bytes"]["train"]
+    assert manifest.features["inputs"].vocabulary == ByteVocabulary(5).fingerprint()
+    store, task = store_of(f"{name}_bytes"), seqio.TaskRegistry.get(f"{name}_bytes")
+    expected = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
+    assert len(store) == len(expected) == 300
+    for index, example in enumerate(expected):
+        for feature, tokens in store.example(index).items():
+            assert tokens.tolist() == example[feature].tolist()
+            assert tokens.dtype == np.int32
+    cache(f"{name}_text", name, "cache")
+    assert store_of(f"{name}_text").example(0)["targets"][-1] != 1
+    with pytest.raises(UserError, match=r"another vocabulary \(264 ids, 5 sentinels\) than the run \(259 ids, 0"):
+        cache(f"{name}_bytes", name, "cache", vocabulary_file="bytes")
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

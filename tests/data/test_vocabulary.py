@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from vikhr_t5.data.denoisers import Codes, mixture
 from vikhr_t5.data.vocabulary import DEFAULT_MODE_TOKENS, Vocabulary, train_vocabulary
@@ -156,11 +157,61 @@ def test_a_missing_or_foreign_file(tmp_path: Path, vocabulary: Vocabulary) -> No
             Vocabulary(str(tmp_path / "foreign.model")).encode("текст")
 
 
+def _with_pieces(vocabulary: Vocabulary, path: Path, pieces: list[str]) -> str:
+    model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model_bytes)
+    for piece in pieces:
+        model.pieces.add(piece=piece, score=0.0, type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED)
+    path.write_bytes(model.SerializeToString())
+    return str(path)
+
+
+def test_sentinels_inside_the_model_as_in_mt5_are_those_that_seqio_would_add(
+    vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    outside = Vocabulary(vocabulary.sentencepiece_model_file, extra_ids=100)
+    file = _with_pieces(vocabulary, tmp_path / "mt5.model", [f"▁<extra_id_{i}>" for i in reversed(range(100))])
+    inside = Vocabulary(file, extra_ids=0)
+    assert (inside.size, inside.padded_size, inside.num_sentinels) == (outside.size, outside.padded_size, 100)
+    assert (inside.first_sentinel, inside.last_sentinel) == (outside.first_sentinel, outside.last_sentinel)
+    assert inside.sentinel(99) == outside.sentinel(99)
+    assert inside.mode_tokens == outside.mode_tokens
+    text = "Раз <extra_id_0> два <extra_id_99> [NLU]"
+    assert inside.encode(text) == outside.encode(text)
+    assert inside.decode(inside.encode(text)) == outside.decode(outside.encode(text))
+    assert [inside.piece(i) for i in range(inside.size)] == [outside.piece(i) for i in range(outside.size)]
+    with pytest.raises(UserError, match="has 100 sentinels inside: set EXTRA_IDS to 0, not 300"):
+        _ = Vocabulary(file).size
+    with pytest.raises(UserError, match="100 sentinels"):
+        inside.sentinel(100)
+
+
+def test_only_sentinels_in_order_at_the_top_count(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    for number, pieces in enumerate((["<extra_id_0>", "b"], ["▁<extra_id_0>", "▁<extra_id_1>"])):
+        file = _with_pieces(vocabulary, tmp_path / f"{number}.model", pieces)
+        assert Vocabulary(file, extra_ids=0).num_sentinels == 0
+
+
+def test_the_unknown_id_is_the_models_own(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(LINES[:500]),
+        model_prefix=str(tmp_path / "umt5"),
+        vocab_size=300,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    vocabulary = Vocabulary(str(tmp_path / "umt5.model"))
+    assert (vocabulary.unk_id, vocabulary.encode("漢")[-1]) == (3, 3)
+
+
 def test_other_special_ids(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(LINES[:500]), model_prefix=str(tmp_path / "bert"), vocab_size=300, minloglevel=2
     )
-    with pytest.raises(UserError, match=r"has the ids \(-1, 2, 0\) for padding, EOS and unknown, not \(0, 1, 2\)"):
+    with pytest.raises(UserError, match=r"has the ids \(-1, 2\) for padding and EOS, not \(0, 1\)"):
         _ = Vocabulary(str(tmp_path / "bert.model")).padded_size
 
 

@@ -32,9 +32,10 @@ from typing import Any
 import numpy as np
 
 from vikhr_t5 import __version__
+from vikhr_t5.data.byte_vocabulary import OFFSET
 from vikhr_t5.data.manifest import NEEDS_SEQIO, Feature, Manifest, Provenance, Shard, file_digest
 from vikhr_t5.data.store import MANIFEST, ShardWriter, TokenStore, mixture_file, task_directory
-from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.data.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary, open_vocabulary
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path, write_text_atomic
 from vikhr_t5.packages import require_own
@@ -89,7 +90,8 @@ def cache(
         cache_dir: the folder of `vikhr_t5.data.store`.
         splits: all splits where None.
         num_workers: processes; 0 = one per core.
-        vocabulary_file, extra_ids: for `tasks.settings`; None leaves the environment as it is.
+        vocabulary_file, extra_ids: for `tasks.settings`, which says what they may be; None leaves the environment as it
+            is.
     Returns:
         task -> split -> manifest.
     Raises:
@@ -106,7 +108,7 @@ def cache(
         raise UserError(f"{mixture_or_task} has no split {', '.join(splits or [])}; it has: {known}")
     plans = [_plan(task, split, module) for task, split in wanted_splits]
     if vocabulary_file is not None:
-        _check_vocabulary(plans, Vocabulary(vocabulary_file, 300 if extra_ids is None else extra_ids))
+        _check_vocabulary(plans, open_vocabulary(vocabulary_file, extra_ids))
     with _locked(Path(cache_dir)):
         pending = [plan for plan in plans if not plan.is_done(Path(cache_dir))]
         _write(pending, Path(cache_dir), module, num_workers or os.cpu_count() or 1)
@@ -245,26 +247,31 @@ def _cut(task: seqio.Task) -> tuple[list[Step], list[str], dict[str, Any] | None
 
 def _feature(task: str, name: str, feature: seqio.Feature) -> Feature:
     vocabulary = feature.vocabulary
-    if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        ours = _vocabulary(vocabulary.sentencepiece_model_file, vocabulary.extra_ids)
+    elif isinstance(vocabulary, seqio.ByteVocabulary):
+        ours = ByteVocabulary(vocabulary.extra_ids)
+    else:
         kind = type(vocabulary).__name__
-        raise UserError(f"task {task}: {name} has a {kind}; only SentencePieceVocabulary can be cached")
-    ours = _vocabulary(vocabulary.sentencepiece_model_file, vocabulary.extra_ids)
+        raise UserError(
+            f"task {task}: {name} has a {kind}; use SentencePieceVocabulary or ByteVocabulary"
+        )
     return Feature(feature.add_eos, ours.fingerprint(), ours.size, ours.extra_ids)
 
 
 @functools.cache
-def _vocabulary(file: str, extra_ids: int) -> Vocabulary:
+def _vocabulary(file: str, extra_ids: int) -> AnyVocabulary:
     return Vocabulary(file, extra_ids)
 
 
-def _check_vocabulary(plans: list[_Plan], vocabulary: Vocabulary) -> None:
+def _check_vocabulary(plans: list[_Plan], vocabulary: AnyVocabulary) -> None:
     for plan in plans:
         for name, feature in plan.manifest.features.items():
             if feature.vocabulary != vocabulary.fingerprint():
                 raise UserError(
                     f"task {plan.manifest.task}: its {name} use another vocabulary ({feature.vocabulary_size} ids, "
                     f"{feature.extra_ids} sentinels) than the run ({vocabulary.size} ids, {vocabulary.extra_ids} "
-                    f"sentinels, {vocabulary.sentencepiece_model_file}); register it with tasks.settings.vocabulary()"
+                    f"sentinels, {vocabulary.source}); register it with tasks.settings.vocabulary()"
                 )
 
 
@@ -467,12 +474,18 @@ def _tokenized(task: seqio.Task, texts: tf.data.Dataset, append_eos: bool) -> It
         columns = {}
         for name, strings in batch.items():
             feature = task.output_features[name]
-            # The same model as in TensorFlow: seqio has put the sentinels into it.
-            ids = feature.vocabulary.tokenizer.encode(strings.tolist(), out_type="numpy", num_threads=1)
+            ids = _encoded(feature.vocabulary, strings.tolist())
             if append_eos and feature.add_eos:
                 ids = [np.append(one, np.int32(feature.vocabulary.eos_id)) for one in ids]
             columns[name] = np.concatenate(ids), np.array([len(one) for one in ids])
         yield columns
+
+
+def _encoded(vocabulary: seqio.Vocabulary, texts: list[bytes]) -> list[np.ndarray]:
+    if isinstance(vocabulary, seqio.ByteVocabulary):
+        return [np.frombuffer(text, np.uint8) + np.int32(OFFSET) for text in texts]
+    # The same model as in TensorFlow: seqio has put the sentinels into it.
+    return vocabulary.tokenizer.encode(texts, out_type="numpy", num_threads=1)
 
 
 def _flat(batch: tf.Tensor | tf.RaggedTensor) -> tuple[np.ndarray, np.ndarray]:

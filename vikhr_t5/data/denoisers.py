@@ -23,7 +23,7 @@ import numpy as np
 from vikhr_t5.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from vikhr_t5.data.vocabulary import Vocabulary
+    from vikhr_t5.data.vocabulary import AnyVocabulary
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -222,13 +222,13 @@ class Codes:
     modes: Mapping[str, int]
 
     @classmethod
-    def of(cls, vocabulary: "Vocabulary", denoisers: Iterable[Denoiser]) -> "Codes":
+    def of(cls, vocabulary: "AnyVocabulary", denoisers: Iterable[Denoiser]) -> "Codes":
         """Codes of a vocabulary; UserError when it lacks a mode token that one of `denoisers` needs."""
         modes = {denoiser.mode for denoiser in denoisers if denoiser.mode is not None}
         return cls(
             eos=vocabulary.eos_id,
             first_sentinel=vocabulary.first_sentinel,
-            num_sentinels=vocabulary.extra_ids,
+            num_sentinels=vocabulary.num_sentinels,
             modes={mode: vocabulary.mode_id(mode) for mode in sorted(modes)},
         )
 

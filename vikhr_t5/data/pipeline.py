@@ -29,7 +29,7 @@ from vikhr_t5.data.denoisers import Codes, Denoiser
 from vikhr_t5.data.mixing import Interleaving, apportion
 from vikhr_t5.data.rows import Batch, ExampleRows, Rows, Segment, WindowRows, empty_batch
 from vikhr_t5.data.store import CachedMixture, TokenStore, ensure_cached
-from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError
 
 MIXING_CYCLE = 1 << 16  # rows after which the sequence of tasks repeats; a task's rate is met to about one in so many
@@ -236,7 +236,7 @@ _OPEN: weakref.WeakSet[grain.DatasetIterator[Batch]] = weakref.WeakSet()
 atexit.register(lambda: [iterator.close() for iterator in list(_OPEN)])
 
 
-def open_dataset(config: DatasetConfig, vocabulary: Vocabulary) -> Dataset:
+def open_dataset(config: DatasetConfig, vocabulary: AnyVocabulary) -> Dataset:
     """Opens what `config` names; a task that is not cached is cached first, by a subprocess.
 
     Raises:

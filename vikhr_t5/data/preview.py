@@ -12,14 +12,14 @@ from rich.text import Text
 
 from vikhr_t5.data.pipeline import Dataset, DatasetConfig, open_dataset
 from vikhr_t5.data.rows import Segment, WindowRows
-from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.data.vocabulary import AnyVocabulary
 
 SAMPLE = 2048  # rows that the table is measured on
 SEGMENT_STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red")
 SENTINEL, MODE, END, FAINT = "bold black on yellow", "bold black on cyan", "bold red", "bright_black"
 
 
-def preview(config: DatasetConfig, vocabulary: Vocabulary, n: int, console: Console) -> None:
+def preview(config: DatasetConfig, vocabulary: AnyVocabulary, n: int, console: Console) -> None:
     """Print `n` rows of the training sequence at each stage, and a table of the mixture's sources.
 
     Raises:
@@ -39,14 +39,13 @@ def preview(config: DatasetConfig, vocabulary: Vocabulary, n: int, console: Cons
 class _Painter:
     """Tokens as coloured text, with the ids' meaning taken from a vocabulary."""
 
-    def __init__(self, vocabulary: Vocabulary):
+    def __init__(self, vocabulary: AnyVocabulary):
         self.vocabulary = vocabulary
         self.modes = {vocabulary.mode_id(token) for token in vocabulary.mode_tokens}
-        self.last_sentinel = vocabulary.first_sentinel - vocabulary.extra_ids + 1
 
     def token(self, token: int, style: str = "") -> Text:
         """One piece; sentinel i as <i>."""
-        if token >= self.last_sentinel:
+        if token >= self.vocabulary.last_sentinel:
             return Text(f"<{self.vocabulary.first_sentinel - token}>", SENTINEL)
         if token in self.modes:
             return Text(self.vocabulary.piece(token), MODE)

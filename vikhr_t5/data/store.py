@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from vikhr_t5.data.manifest import NEEDS_SEQIO, Manifest, Shard, provenance_from_json
-from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path
 
@@ -280,7 +280,7 @@ def ensure_cached(
     mixture_or_task: str,
     split: str,
     module: str | None,
-    vocabulary: Vocabulary,
+    vocabulary: AnyVocabulary,
     num_workers: int = 0,
 ) -> CachedMixture:
     """`open_cached`, but what is missing or stale is cached first, by a subprocess (it needs TensorFlow, this process
@@ -305,7 +305,7 @@ def ensure_cached(
         "mixture_or_task": mixture_or_task,
         "module": module,
         "cache_dir": os.fspath(cache_dir),
-        "vocabulary_file": os.path.abspath(vocabulary.sentencepiece_model_file),
+        "vocabulary_file": vocabulary.source,
         "extra_ids": vocabulary.extra_ids,
         "num_workers": num_workers,
     }

@@ -2,14 +2,18 @@
 
 Ids, from 0: padding, EOS, unknown, the model's other pieces (mode tokens and bytes first when trained here), then the
 sentinels, `<extra_id_0>` the highest, then rows of padding up to a multiple of 128 that no text ever becomes. This is
-the layout of T5, and of `seqio.SentencePieceVocabulary` for the same two arguments.
+the layout of T5, and of `seqio.SentencePieceVocabulary` for the same two arguments. Models such as mT5's hold their
+sentinels inside, in this same order: for them `extra_ids` is 0.
+
+Wherever a vocabulary is taken, `AnyVocabulary`, it may also be of bytes (byte_vocabulary.py).
 """
 
 import hashlib
 import io
+import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +22,14 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from vikhr_t5.data.byte_vocabulary import PADDED_TO, ByteVocabulary
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path
 
-PADDED_TO = 128
 DEFAULT_MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]", "<LM>", "<SC1>", "<SC2>", "<SC3>", "<SC4>", "<SC5>", "<SC6>")
 
 _LINE_CHARACTERS = 8192
+_MODEL, _RECORD = "spiece.model", "vocabulary.json"
 _ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made at import, without stubs
 _USER_DEFINED = _ModelProto.SentencePiece.USER_DEFINED
 
@@ -37,12 +42,12 @@ class Vocabulary:
         extra_ids: number of sentinels.
 
     Raises (at first use):
-        UserError: the file is missing, is no SentencePiece model, or has other padding, EOS and unknown ids.
+        UserError: the file is missing, is no SentencePiece model, has other padding and EOS ids, or has sentinels
+            inside while `extra_ids` asks for more.
     """
 
     pad_id = 0
     eos_id = 1
-    unk_id = 2
 
     def __init__(self, sentencepiece_model_file: str, extra_ids: int = 300):
         if extra_ids < 0:
@@ -77,9 +82,14 @@ class Vocabulary:
         spec = model.trainer_spec
         if not model.pieces or not model.HasField("trainer_spec"):
             raise self._refused("is not a SentencePiece model")
-        found, wanted = (spec.pad_id, spec.eos_id, spec.unk_id), (self.pad_id, self.eos_id, self.unk_id)
+        found, wanted = (spec.pad_id, spec.eos_id), (self.pad_id, self.eos_id)
         if found != wanted:
-            raise self._refused(f"has the ids {found} for padding, EOS and unknown, not {wanted}")
+            raise self._refused(f"has the ids {found} for padding and EOS, not {wanted}")
+        if self.extra_ids and (inside := _sentinels_inside(model)):
+            raise UserError(
+                f"vocabulary {self.sentencepiece_model_file!r} has {inside} sentinels inside: set EXTRA_IDS to 0,"
+                f" not {self.extra_ids}"
+            )
         return model
 
     def _refused(self, reason: str) -> UserError:
@@ -100,6 +110,16 @@ class Vocabulary:
             raise self._refused(f"cannot be loaded ({error})") from error
 
     @property
+    def source(self) -> str:
+        """What `open_vocabulary` takes: the absolute path of the file."""
+        return os.path.abspath(self.sentencepiece_model_file)
+
+    @property
+    def unk_id(self) -> int:
+        """2 in most models."""
+        return int(self._model.trainer_spec.unk_id)
+
+    @property
     def size(self) -> int:
         """Real ids: the model's pieces and the sentinels."""
         return len(self._model.pieces) + self.extra_ids
@@ -109,21 +129,32 @@ class Vocabulary:
         """Rows of the embedding: `size` up to a multiple of 128."""
         return -(-self.size // PADDED_TO) * PADDED_TO
 
+    @cached_property
+    def num_sentinels(self) -> int:
+        """`extra_ids`, or as many as the model has inside."""
+        return self.extra_ids or _sentinels_inside(self._model)
+
     @property
     def first_sentinel(self) -> int:
         """The id of `<extra_id_0>`, the highest real id; the others descend from it."""
         return self.size - 1
 
+    @property
+    def last_sentinel(self) -> int:
+        """The id of the last sentinel, the lowest; `size` where there are none."""
+        return self.size - self.num_sentinels
+
     def sentinel(self, index: int) -> int:
         """The id of `<extra_id_index>`. UserError beyond the last."""
-        if not 0 <= index < self.extra_ids:
-            raise UserError(f"<extra_id_{index}>: {self!r} has {self.extra_ids} sentinels, from 0; raise EXTRA_IDS")
+        if not 0 <= index < self.num_sentinels:
+            raise UserError(f"<extra_id_{index}>: {self!r} has {self.num_sentinels} sentinels, from 0; raise EXTRA_IDS")
         return self.first_sentinel - index
 
     @cached_property
     def mode_tokens(self) -> tuple[str, ...]:
-        """User-defined symbols of the model, in order of ids."""
-        return tuple(piece.piece for piece in self._model.pieces if piece.type == _USER_DEFINED)
+        """User-defined symbols of the model but for sentinels, in order of ids."""
+        pieces = self._model.pieces[: self.last_sentinel]
+        return tuple(piece.piece for piece in pieces if piece.type == _USER_DEFINED)
 
     def mode_id(self, token: str) -> int:
         """The id of a mode token such as "[NLU]". UserError with the nearest names when the model has none such."""
@@ -150,11 +181,76 @@ class Vocabulary:
         if not 0 <= id < self.size:
             raise UserError(f"id {id} is outside the vocabulary of {self.size} ({self!r})")
         piece = str(self._processor.IdToPiece(int(id)))
-        return piece.removeprefix("▁") if id >= self.size - self.extra_ids else piece
+        return piece.removeprefix("▁") if id >= self.last_sentinel else piece
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the model file and the number of sentinels: equal for equal ids."""
         return hashlib.sha256(self.model_bytes + f"\0extra_ids={self.extra_ids}".encode()).hexdigest()
+
+
+AnyVocabulary = Vocabulary | ByteVocabulary
+
+
+def _sentinels_inside(model: Any) -> int:
+    """How many of the model's last pieces are `<extra_id_0>` (the last), `<extra_id_1>`, …, with or without "▁"."""
+    count = 0
+    for piece in reversed(model.pieces):
+        if piece.piece.removeprefix("▁") != f"<extra_id_{count}>":
+            break
+        count += 1
+    return count
+
+
+def open_vocabulary(source: str, extra_ids: int | None = None) -> AnyVocabulary:
+    """The vocabulary that a command line or an environment variable names.
+
+    Args:
+        source: path of a SentencePiece model, or "bytes".
+        extra_ids: number of sentinels; None: 300, or 0 for bytes, as ByT5 has.
+    """
+    if source == ByteVocabulary.source:
+        return ByteVocabulary(extra_ids or 0)
+    return Vocabulary(source, 300 if extra_ids is None else extra_ids)
+
+
+def vocabulary_files(vocabulary: AnyVocabulary) -> dict[str, bytes]:
+    """Name -> content of the files of a `vocabulary/` folder, for `load_vocabulary`."""
+    record = {"extra_ids": vocabulary.extra_ids, "fingerprint": vocabulary.fingerprint()}
+    if isinstance(vocabulary, ByteVocabulary):
+        return {_RECORD: json.dumps({"kind": "bytes", **record}, indent=2).encode()}
+    return {_MODEL: vocabulary.model_bytes, _RECORD: json.dumps({"kind": "sentencepiece", **record}, indent=2).encode()}
+
+
+def load_vocabulary(folder: str | os.PathLike[str]) -> AnyVocabulary:
+    """The vocabulary that `vocabulary_files` described in `folder`.
+
+    Raises:
+        UserError: a file is missing, unreadable, or not what was written.
+    """
+    record = vocabulary_record(folder)
+    if record.get("kind") == "bytes":
+        vocabulary: AnyVocabulary = ByteVocabulary(record["extra_ids"])
+    else:  # folders of before bytes were known do not say the kind
+        vocabulary = Vocabulary(os.fspath(Path(folder) / _MODEL), record["extra_ids"])
+    if vocabulary.fingerprint() != record["fingerprint"]:
+        raise UserError(
+            f"vocabulary {os.fspath(folder)!r} is damaged: {_MODEL} is not the file that {_RECORD} was written for;"
+            " copy the folder again"
+        )
+    return vocabulary
+
+
+def vocabulary_record(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """What vocabulary.json in `folder` says: "extra_ids", "fingerprint", "kind". UserError where it cannot be read."""
+    path = Path(folder) / _RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["extra_ids"], int) or not isinstance(record["fingerprint"], str):
+            raise ValueError("extra_ids or fingerprint has another type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"is damaged ({error})"
+        raise UserError(f"{path}: {reason}; give a run folder or a checkpoint that is whole") from error
+    return record
 
 
 def train_vocabulary(
@@ -210,7 +306,7 @@ def train_vocabulary(
             num_threads=num_threads,
             pad_id=Vocabulary.pad_id,
             eos_id=Vocabulary.eos_id,
-            unk_id=Vocabulary.unk_id,
+            unk_id=2,
             bos_id=-1,
             minloglevel=2,
         )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError
 from vikhr_t5.model import network
 from vikhr_t5.train.losses import token_losses
@@ -48,8 +48,8 @@ class EncoderDecoderModel:
     def __init__(
         self,
         module: network.Transformer,
-        input_vocabulary: Vocabulary,
-        output_vocabulary: Vocabulary,
+        input_vocabulary: AnyVocabulary,
+        output_vocabulary: AnyVocabulary,
         optimizer_def: OptimizerDef,
         z_loss: float = 1e-4,
         label_smoothing: float = 0.0,
