@@ -5,6 +5,7 @@ t5x restores a folder named `checkpoint_<step>`, which lies in a model_dir: `fol
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from conversion import t5x_files
-from conversion.names import account
+from conversion.names import Parameter, account
 from conversion.stored import DTYPES, StoredModel
-from conversion.t5x_files import LegacyWriter, StoredArray
+from conversion.t5x_files import StoredArray
 from conversion.t5x_layout import SLOTS, UNUSED, Layout, infer
+from conversion.t5x_writer import LegacyWriter
 from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError
 from vikhr_t5.model.config import T5Config
@@ -51,8 +53,8 @@ class T5xModel:
     def read_moments(self, name: str, layer: int | None = None) -> dict[str, np.ndarray]:
         row, layout = self._layout.rows[name], self._layout
         path = _STATE.format(layout.path(row, layer))
-        factored = self._arrays[f"{path}/v_row"].shape != UNUSED
-        axes = layout.slot_axes(row, factored)
+        factored, momentum = (self._arrays[f"{path}/{slot}"].shape != UNUSED for slot in ("v_row", "m"))
+        axes = layout.slot_axes(row, factored, momentum)
         theirs = {slot: self._part(f"{path}/{slot}", axes[slot], layer).astype(np.float32, copy=False) for slot in axes}
         return layout.moments_to_ours(row, theirs)
 
@@ -65,7 +67,7 @@ class T5xModel:
         index: tuple[int | slice, ...] = (*[slice(None)] * axis, layer)
         if array.chunks[axis] == 1:
             return array.read(index)
-        kind = name.split("/")[0]
+        kind = name.rsplit("/", 1)[1]  # "kernel", "v": each slot of the optimizer's has its own place
         if self._last.get(kind, ("", None))[0] != name:
             self._last.pop(kind, None)  # before the next is read
             self._last[kind] = name, array.read()
@@ -96,12 +98,19 @@ def open(
     others = [name for name in arrays if name.split("/")[0] not in ("target", "state")]
     if others:
         raise UserError(f"{where} holds arrays that are neither parameters nor optimizer state: {', '.join(others)}")
-    step = arrays["state/step"].read() if "state/step" in arrays else None
-    if step is not None and (step.shape != () or step.dtype.kind != "i" or step < 0):
-        raise t5x_files.damaged(checkpoint, f"state/step is {step!r}")
-    has_moments = step is not None and _has_moments(arrays, layout, where)
-    number = int(step) if step is not None else int(checkpoint.name.removeprefix("checkpoint_") or 0)
-    return T5xModel(arrays, layout, number, number if has_moments else None, vocabulary)
+    step = _step(arrays, checkpoint)
+    has_moments = _has_moments(arrays, layout, where)
+    return T5xModel(arrays, layout, step, step if has_moments else None, vocabulary)
+
+
+def _step(arrays: dict[str, StoredArray], checkpoint: Path) -> int:
+    if "state/step" not in arrays:
+        named = re.fullmatch(r"checkpoint_(\d+)", checkpoint.name)
+        return int(named[1]) if named else 0
+    array = arrays["state/step"]
+    if array.shape != () or array.dtype not in ("int32", "int64") or array.read() < 0:
+        raise t5x_files.damaged(checkpoint, f"state/step is no count: {array.dtype} {list(array.shape)}")
+    return int(array.read())
 
 
 def _agreed(given: T5Config | None, found: T5Config, where: str) -> T5Config:
@@ -130,20 +139,17 @@ def _has_moments(arrays: dict[str, StoredArray], layout: Layout, where: str) -> 
     if strange := [name for name in names if name.split("/")[-1] not in SLOTS]:
         print(f"{where}: the optimizer's state is not Adafactor's and is left out ({strange[0]}, …)", file=sys.stderr)
         return False
+    if "state/step" not in arrays:
+        raise UserError(f"{where} has Adafactor's state and no state/step: copy the checkpoint again")
     found = {name: arrays[name].shape for name in names}
     wanted: dict[str, tuple[int, ...]] = {}
-    momentum = []
     for row in layout.rows.values():
         for path, _ in layout.arrays(row):
             path = _STATE.format(path)
-            slots = layout.state_shapes(row, factored=found.get(f"{path}/v_row", UNUSED) != UNUSED)
-            if found.get(f"{path}/m") == layout.shape(row) != UNUSED:
-                momentum.append(path)
-                slots["m"] = layout.shape(row)
+            factored, momentum = (found.get(f"{path}/{slot}", UNUSED) != UNUSED for slot in ("v_row", "m"))
+            slots = layout.slot_shapes(row, factored, momentum)
             wanted |= {f"{path}/{slot}": shape for slot, shape in slots.items()}
     account(found, wanted, where)
-    if momentum:
-        print(f"{where}: Adafactor's momentum is left out; ours has none", file=sys.stderr)
     return True
 
 
@@ -190,31 +196,31 @@ def write(
             f" bind adafactor.Adafactor.step_offset = {model.step - model.updates} to go on with it",
             file=sys.stderr,
         )
+    embedding = {} if model.updates is None else model.read_moments("token_embedder/embedding")
+    momentum = "m" in embedding
+    factoring = "v" not in embedding or not layout.is_factored(layout.rows["token_embedder/embedding"])
     writer = LegacyWriter(folder, advance)
     for row in layout.rows.values():
+        factored = factoring and layout.is_factored(row)
+        used = layout.slot_axes(row, factored, momentum)
+
+        def moments(slot: str, layer: int | None, row: Parameter = row, factored: bool = factored) -> np.ndarray:
+            if model.updates is None:
+                return np.zeros(())
+            return layout.moments_from_ours(row, model.read_moments(row.ours, layer), factored)[slot]
+
         for path, layers in layout.arrays(row):
-            shape, axes = layout.shape(row), layout.axes(row)
-            kernels = (model.read(row.ours, layer) for layer in layers)
-            writer.put(_TARGET.format(path), shape, axes.find("L"), dtype, kernels)
-            factored = layout.is_factored(row)
-            used = layout.slot_axes(row, factored)
-            moments = [
-                dict.fromkeys(used, np.zeros(()))
-                if model.updates is None
-                else layout.moments_from_ours(row, model.read_moments(row.ours, layer))
-                for layer in layers
-            ]
-            for slot, shape in layout.state_shapes(row, factored).items():
-                parts = (moment[slot] for moment in moments) if slot in used else [np.zeros(UNUSED)]
-                axis = used.get(slot, "").find("L")
-                writer.put(
-                    f"{_STATE.format(path)}/{slot}",
-                    shape,
-                    axis,
-                    "float32",
-                    parts,
-                    inline=slot not in used or slot != "v",
-                )
+            axis = layout.axes(row).find("L")
+            parameter = (model.read(row.ours, layer) for layer in layers)
+            writer.put(_TARGET.format(path), layout.shape(row), axis, dtype, parameter)
+            for slot, shape in layout.slot_shapes(row, factored, momentum).items():
+                name = f"{_STATE.format(path)}/{slot}"
+                if slot in used:
+                    parts = (moments(slot, layer) for layer in layers)
+                    inline = slot in ("v_row", "v_col")  # as t5x does: those have no logical axes
+                    writer.put(name, shape, used[slot].find("L"), "float32", parts, inline)
+                else:
+                    writer.put(name, shape, -1, "float32", [np.zeros(())], inline=True)
     writer.put("state/step", (), -1, "int32", [np.asarray(model.step)], inline=True)
     writer.finish()
 

@@ -1,4 +1,4 @@
-"""t5x's checkpoints as files: which arrays one has, reading one of them or a part of it, and writing.
+"""t5x's checkpoints as files: which arrays one has, and reading one of them or a part of it.
 
     legacy   checkpoint                              msgpack {version: 3, optimizer: {target, state}}; a small array
                                                      stands in it, of a large one a TensorStore specification
@@ -10,25 +10,20 @@ anywhere: nothing in them is run, no path in them leaves the folder, and what th
 stored before memory is taken for it. Source: t5x `checkpoints.py`.
 """
 
-import contextlib
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from vikhr_t5.errors import UserError
 
-_CHUNK_BYTES = 2**24  # of what is written: each is compressed on its own, on all cores; t5x takes any
-_WHOLE_BYTES = 2**24  # of an array of all layers: up to this it is written in one piece, else layer by layer
-_GZIP = {"id": "gzip", "level": 1}
 _GZIP_RATIO = 1032  # what deflate can reach
 _DTYPES = {"<f4": ("float32", 4), "bfloat16": ("bfloat16", 2), "<i4": ("int32", 4)}  # as zarr names them
 
@@ -225,96 +220,3 @@ def _orbax_arrays(checkpoint: Path) -> Iterator[StoredArray]:
         if total > 2**20 + _GZIP_RATIO * stored:
             raise damaged(checkpoint, f"{name} is {list(opened.shape)}, more than {stored} bytes of files can hold")
         yield StoredArray(name, opened.shape, opened.dtype.name, chunks, checkpoint, opened)
-
-
-class LegacyWriter:
-    """Writes a checkpoint in the legacy format into `folder`, array by array; `finish` writes the index.
-
-    Args:
-        advance: called with the number of bytes after each part.
-    """
-
-    def __init__(self, folder: Path, advance: Callable[[int], None]):
-        self._folder = folder
-        self._advance = advance
-        self._index: dict[str, Any] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def put(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        layer_axis: int,
-        dtype: str,
-        parts: Iterable[np.ndarray],
-        inline: bool = False,
-    ) -> None:
-        """Write one array.
-
-        Args:
-            layer_axis: -1: `parts` gives the whole array; else it gives one layer after the other. A part has any
-                shape of that many elements, or is a scalar.
-            inline: in the index; else in a folder of its own.
-
-        Raises:
-            OSError: as the system says (a full disk), also where TensorStore wraps it.
-        """
-        kind = _numpy_type(dtype)
-        one = tuple(size for axis, size in enumerate(shape) if axis != layer_axis)
-        shaped = ((p.reshape(one) if p.ndim else np.broadcast_to(p, one)).astype(kind, copy=False) for p in parts)
-        if layer_axis < 0:
-            pieces: Iterable = (((), part) for part in shaped)
-        else:
-            pieces = (((*[slice(None)] * layer_axis, layer), part) for layer, part in enumerate(shaped))
-            if inline or math.prod(shape) * kind.itemsize <= _WHOLE_BYTES:
-                pieces = [((), np.stack([part for _, part in pieces], axis=layer_axis))]
-        if inline:
-            ((_, self._index[name]),) = pieces
-            self._advance(self._index[name].nbytes)
-            return
-        streamed = not isinstance(pieces, list) and layer_axis >= 0
-        handle = self._create(name, dtype, shape, layer_axis if streamed else -1)
-        for index, part in pieces:
-            with _system_errors():
-                handle[index].write(part).result()
-            self._advance(part.nbytes)
-
-    def _create(self, name: str, dtype: str, shape: tuple[int, ...], layer_axis: int) -> Any:
-        """An empty array on disk, in parts of one layer (-1: of any) and of _CHUNK_BYTES at most."""
-        import tensorstore
-
-        chunks = [1 if axis == layer_axis else size for axis, size in enumerate(shape)]
-        row_bytes = math.prod(chunks[1:]) * _numpy_type(dtype).itemsize
-        chunks[0] = min(chunks[0], max(1, _CHUNK_BYTES // row_bytes))
-        key = name.replace("/", ".")
-        self._index[name] = {
-            "driver": "zarr",
-            "dtype": dtype,
-            "kvstore": {"driver": "file", "path": f"{key}/"},  # relative: the checkpoint can be moved
-            "metadata": {"shape": list(shape), "chunks": chunks, "compressor": _GZIP},
-        }
-        here = {"driver": "file", "path": f"{self._folder / key}/"}
-        with _system_errors():
-            return tensorstore.open({**self._index[name], "kvstore": here}, create=True, open=True).result()
-
-    def finish(self) -> None:
-        from flax.serialization import msgpack_serialize
-        from flax.traverse_util import unflatten_dict
-
-        tree = unflatten_dict(self._index, sep="/")
-        (self._folder / "checkpoint").write_bytes(msgpack_serialize({"version": 3, "optimizer": tree}))
-
-
-def _numpy_type(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name))
-
-
-@contextlib.contextmanager
-def _system_errors() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error

@@ -108,52 +108,59 @@ class Layout:
         sizes = self.shape(row)
         return self.factors(row) is not None and (len(sizes) > 2 or min(sizes) >= MIN_DIM_SIZE_TO_FACTOR)
 
-    def slot_axes(self, row: Parameter, factored: bool) -> dict[str, str]:
+    def slot_axes(self, row: Parameter, factored: bool, momentum: bool) -> dict[str, str]:
         """The used slots and their axes."""
         factors, axes = self.factors(row), self.axes(row)
+        used = {"m": axes} if momentum else {}
         if not factored or factors is None:
-            return {"v": axes}
+            return {**used, "v": axes}
         without = {"v_row": factors.columns, "v_col": factors.rows}
-        return {slot: "".join(a for a in axes if a not in gone) for slot, gone in without.items()}
+        return used | {slot: "".join(a for a in axes if a not in gone) for slot, gone in without.items()}
 
-    def state_shapes(self, row: Parameter, factored: bool) -> dict[str, tuple[int, ...]]:
-        """Slot -> shape, without momentum."""
-        used = {slot: self.shape(row, axes) for slot, axes in self.slot_axes(row, factored).items()}
+    def slot_shapes(self, row: Parameter, factored: bool, momentum: bool) -> dict[str, tuple[int, ...]]:
+        """Every slot's shape."""
+        used = {slot: self.shape(row, axes) for slot, axes in self.slot_axes(row, factored, momentum).items()}
         return {slot: used.get(slot, UNUSED) for slot in SLOTS}
 
     def moments_to_ours(self, row: Parameter, theirs: Moments) -> Moments:
         """One layer's used slots -> what `optimizers.Adafactor` keeps, factored where t5x's are."""
-        factors = self.factors(row)
-        if "v" in theirs or factors is None:
-            return {"v": theirs["v"].reshape(self.our_shape(row))}
+        ours: Moments = {s: theirs[s].reshape(self.our_shape(row)) for s in ("m", "v") if s in theirs}
+        if "v" in ours:
+            return ours
+        factors, own = self._factors(row), _by_size(row.t5x_axes(), self.our_shape(row))
         by_axis = {_joined(factors.rows): theirs["v_row"], _joined(factors.columns): theirs["v_col"]}
-        ours = _by_size(row.t5x_axes(), self.our_shape(row))
-        return {"v_row": by_axis[ours.rows].ravel(), "v_col": by_axis[ours.columns].ravel()}
+        return {**ours, "v_row": by_axis[own.rows].ravel(), "v_col": by_axis[own.columns].ravel()}
 
-    def moments_from_ours(self, row: Parameter, ours: Moments) -> Moments:
-        """The inverse; factors what t5x factors and we do not, which is exact: a mean of moments is one of means.
+    def moments_from_ours(self, row: Parameter, ours: Moments, factored: bool) -> Moments:
+        """The inverse, for a slot that is to be factored or not.
 
-        Where t5x does not factor what is factored here, v is what the factors stand for, their product.
+        Factoring what is not factored here is exact, since a mean of moments is a moment of means. For the way back
+        there is no more than what the factors stand for, their product.
         """
-        axes, shape = row.t5x_axes(), self.our_shape(row)
-        factors = self.factors(row)
-        if factors is None or not self.is_factored(row):
+        theirs = {"m": ours["m"]} if "m" in ours else {}
+        axes, own = row.t5x_axes(), _by_size(row.t5x_axes(), self.our_shape(row))
+        if not factored:
             if "v" in ours:
-                return {"v": ours["v"]}
-            own = _by_size(axes, shape)
+                return {**theirs, "v": ours["v"]}
             product = np.multiply.outer(ours["v_row"], ours["v_col"]) / ours["v_row"].mean()
-            return {"v": product if axes.startswith(own.rows) else product.T}
+            return {**theirs, "v": product if axes == own.rows + own.columns else product.T}
+        factors = self._factors(row)
         if "v" in ours:
             by_axis = {axes[0]: ours["v"].mean(axis=1), axes[1]: ours["v"].mean(axis=0)}
         else:
-            own = _by_size(axes, shape)
             by_axis = {own.rows: ours["v_row"], own.columns: ours["v_col"]}
-        return {"v_row": by_axis[_joined(factors.rows)], "v_col": by_axis[_joined(factors.columns)]}
+        return {**theirs, "v_row": by_axis[_joined(factors.rows)], "v_col": by_axis[_joined(factors.columns)]}
+
+    def _factors(self, row: Parameter) -> Factors:
+        factors = self.factors(row)
+        assert factors is not None, row.ours
+        return factors
 
 
 def _by_size(axes: str, shape: tuple[int, ...]) -> Factors:
-    row, column = np.argsort(shape, stable=True)[-2:]
-    return Factors(axes[row], axes[column])
+    """As ours and, where an array has two axes, t5x's: the larger one is the column. One axis: it is both."""
+    order = np.argsort(shape, stable=True)
+    return Factors(axes[order[-2:][0]], axes[order[-1]])
 
 
 def _joined(letters: str) -> str:
