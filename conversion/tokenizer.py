@@ -1,68 +1,65 @@
-"""A SentencePiece model as Hugging Face's tokenizer.json: the same ids for the same text, with sentinels and modes.
+"""A vocabulary as the files of a Hugging Face tokenizer, and back.
 
-`tokenizers` builds a tokenizer from five parts. What each does here to give the ids of `Vocabulary.encode`:
+What the folders of released models hold, and what their sentinels are here:
 
-- normalizer: SentencePiece's character map (charsmap.py); spaces squeezed and stripped; a space put in front; "▁" for
-  spaces; and the space before a sentinel taken away, since the sentinel's piece is "▁<extra_id_0>".
-- added tokens: sentinels and mode tokens, found in the *normalized* text, as SentencePiece finds user-defined pieces.
-  Found in the raw text they would cut it into parts that are each stripped and prefixed.
-- pre-tokenizer: a cut before each "▁". It changes no id, since no piece crosses it, and makes the cache work.
-- model: Unigram with the model's scores, or BPE with merges ranked by the score of what they make.
-- decoder: the reverse.
-
-Three things differ, the first two as in every Hugging Face tokenizer: `</s>`, `<pad>` and `<unk>` written in a text
-become those ids; a sentinel is found without a space before it, too ("(<extra_id_0>)"); and a text that is nothing but
-a mode token whose piece has no "▁" becomes that one id, where SentencePiece puts a lone "▁" before it.
+- T5, FLAN-T5, T5 v1.1: spiece.model of 32,000 pieces; the configuration names 100 sentinels, which stand above them,
+  `<extra_id_0>` the highest, 32099: `Vocabulary(file, 100)`.
+- mT5: spiece.model of 250,100 pieces; the last are "▁<extra_id_99>" … "▁<extra_id_0>", 250099: `Vocabulary(file, 0)`.
+- umT5: spiece.model of 256,000 pieces; 300 sentinels are added, `<extra_id_0>` as 256299: `Vocabulary(file, 300)`.
+- ByT5: no file. transformers counts the sentinels up from 259, in rows that were never trained; see byte_vocabulary.py:
+  `ByteVocabulary(0)`, whose `<extra_id_0>` is 258. The folder written for it says so, and transformers then agrees.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
-from conversion import charsmap
-from vikhr_t5.data.vocabulary import Vocabulary
+from conversion.tokenizer_json import added_tokens, tokenizer_json
+from vikhr_t5.data.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary
 from vikhr_t5.errors import UserError
 
-SPACE = "▁"
-_proto: Any = sentencepiece_model_pb2  # its classes are made at import, without stubs
-_NORMAL, _USER_DEFINED, _UNUSED = (
-    getattr(_proto.ModelProto.SentencePiece, kind) for kind in ("NORMAL", "USER_DEFINED", "UNUSED")
-)
-_UNIGRAM, _BPE = _proto.TrainerSpec.UNIGRAM, _proto.TrainerSpec.BPE
-# Of byte and control pieces: Unigram looks every piece up in the text, and a text "<0x41>" is not the byte 0x41.
-_NEVER = -1e4
-_ALL = 1 << 16  # leading spaces that a decoder strips
+_SENTINEL = re.compile(r"<extra_id_([0-9]+)>")
+_DEFAULT = 100  # sentinels of transformers' T5Tokenizer where nothing is said
+_BYT5_SENTINEL = ByteVocabulary().size  # transformers' id of <extra_id_0>: after the bytes
 
 
-def write(vocabulary: Vocabulary, folder: Path) -> None:
-    """Writes spiece.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json into `folder`.
+def write(vocabulary: AnyVocabulary, folder: Path) -> None:
+    """Writes tokenizer_config.json and special_tokens_map.json into `folder`, and spiece.model and tokenizer.json.
+
+    Of bytes, the first two alone: transformers' ByT5Tokenizer has no other.
 
     Raises:
         UserError: the SentencePiece model has something that tokenizer.json cannot say; the line names it.
     """
-    tokenizer = tokenizer_json(vocabulary)
     pad, eos, unk = (vocabulary.piece(i) for i in (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id))
-    sentinels = [f"<extra_id_{i}>" for i in range(vocabulary.extra_ids)]
     named = {"pad_token": pad, "eos_token": eos, "unk_token": unk}
-    others = [*sentinels, *(name for name in _added(vocabulary) if name not in sentinels)]
-    config = {
-        # Not T5Tokenizer: that class rebuilds its parts from the list of pieces and drops the normalizer and the bytes.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **named,
-        "additional_special_tokens": others,
-        "added_tokens_decoder": {
+    config: dict[str, Any] = {}
+    if isinstance(vocabulary, ByteVocabulary):
+        others = [vocabulary.piece(i) for i in range(vocabulary.first_sentinel, vocabulary.last_sentinel - 1, -1)]
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        ids = {0: pad, 1: eos, 2: unk, **{vocabulary.sentinel(i): name for i, name in enumerate(others)}}
+        config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": len(others)}
+        decoder = {str(id): {"content": name, **flags} for id, name in ids.items()}
+    else:
+        tokenizer = tokenizer_json(vocabulary)
+        others = sorted(added_tokens(vocabulary), key=lambda name: not _SENTINEL.fullmatch(name))
+        # Not T5Tokenizer: that class rebuilds its parts from the list of pieces, without the normalizer and the bytes.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        decoder = {
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
             for token in tokenizer["added_tokens"]
-        },
+        }
+        (folder / "spiece.model").write_bytes(vocabulary.model_bytes)
+        write_json(folder / "tokenizer.json", tokenizer)
+    config |= {
+        **named,
+        "additional_special_tokens": others,
+        "added_tokens_decoder": decoder,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    (folder / "spiece.model").write_bytes(vocabulary.model_bytes)
-    write_json(folder / "tokenizer.json", tokenizer)
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", {**named, "additional_special_tokens": others})
 
@@ -72,127 +69,90 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The content of tokenizer.json. Raises UserError as `write` does."""
-    model = _proto.ModelProto.FromString(vocabulary.model_bytes)
-    _check(vocabulary, model)
-    added = _added(vocabulary)
-    pad, eos, unk = (vocabulary.piece(i) for i in (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id))
-    ids = {vocabulary.pad_id: pad, vocabulary.eos_id: eos, vocabulary.unk_id: unk}
-    ids |= {id: name for name, id in added.items()}
-    words = all(SPACE not in piece.piece[1:] for piece in model.pieces if piece.type == _NORMAL)
-    text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}}
-    pair = {"Sequence": {"id": "B", "type_id": 0}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [_added_token(name, id, name in added) for id, name in sorted(ids.items())],
-        "normalizer": {"type": "Sequence", "normalizers": _normalizers(vocabulary, model)},
-        "pre_tokenizer": (
-            {"type": "Split", "pattern": {"String": SPACE}, "behavior": "MergedWithNext", "invert": False}
-            if words
-            else None
-        ),
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [text, end],
-            "pair": [text, end, pair, end],
-            "special_tokens": {eos: {"id": eos, "ids": [vocabulary.eos_id], "tokens": [eos]}},
-        },
-        "decoder": {"type": "Sequence", "decoders": _decoders(model)},
-        "model": _model(vocabulary, model),
-    }
+def read(folder: Path) -> AnyVocabulary:
+    """The vocabulary of a Hugging Face model's folder, with sentinels of the ids that the model was trained with.
+
+    Raises:
+        UserError: there is neither spiece.model nor a ByT5 tokenizer's configuration; the folder adds tokens that no
+            vocabulary here can have; a file is damaged.
+    """
+    config = _json(folder / "tokenizer_config.json")
+    added = dict(_added_ids(folder, config))
+    if (folder / "spiece.model").exists():
+        return _sentencepiece(folder, config, added)
+    classes = config.get("tokenizer_class"), _json(folder / "config.json").get("tokenizer_class")
+    if "ByT5Tokenizer" in classes:
+        return _bytes(folder, added)
+    raise UserError(
+        f"{folder}: no spiece.model (nor a tokenizer_config.json of ByT5Tokenizer): copy it from the original model"
+        ", or give --vocabulary; transformers 5 saves tokenizer.json alone, which does not hold all of it"
+    )
 
 
-def _check(vocabulary: Vocabulary, model: Any) -> None:
-    kind = model.trainer_spec.model_type
-    unsupported = {
-        f"model type {_proto.TrainerSpec.ModelType.Name(kind)}": kind not in (_UNIGRAM, _BPE),
-        "escape_whitespaces=false": not model.normalizer_spec.escape_whitespaces,
-        "treat_whitespace_as_suffix": model.trainer_spec.treat_whitespace_as_suffix,
-        "unused pieces": any(piece.type == _UNUSED for piece in model.pieces),
-    }
-    for name, present in unsupported.items():
-        if present:
+def _sentencepiece(folder: Path, config: Mapping[str, Any], added: Mapping[str, int]) -> Vocabulary:
+    file = str(folder / "spiece.model")
+    vocabulary = Vocabulary(file, extra_ids=0)
+    if not vocabulary.num_sentinels:
+        listed = {name for name in [*added, *_special(folder, config)] if _SENTINEL.fullmatch(name)}
+        vocabulary = Vocabulary(file, len(listed) or int(config.get("extra_ids", _DEFAULT)))
+        _check(folder, _sentinels(added), vocabulary)
+    others = {name: id for name, id in added.items() if id >= vocabulary.size and not _SENTINEL.fullmatch(name)}
+    if others:
+        name, id = next(iter(others.items()))
+        raise UserError(
+            f"{folder}: token {name!r} (id {id}; {len(others)} such) was added to the tokenizer and is in no"
+            " spiece.model: a vocabulary here is that file and its sentinels; remove it from the tokenizer's files if"
+            " the model does not need it"
+        )
+    return vocabulary
+
+
+def _bytes(folder: Path, added: Mapping[str, int]) -> ByteVocabulary:
+    sentinels = _sentinels(added)
+    if len(sentinels) != 1 and all(id == _BYT5_SENTINEL + number for number, id in sentinels.items()):
+        return ByteVocabulary()
+    vocabulary = ByteVocabulary(max(0, max(sentinels.values()) + 1 - _BYT5_SENTINEL))
+    _check(folder, sentinels, vocabulary)
+    return vocabulary
+
+
+def _sentinels(added: Mapping[str, int]) -> dict[int, int]:
+    """Number of a sentinel -> its id."""
+    return {int(match[1]): id for name, id in added.items() if (match := _SENTINEL.fullmatch(name))}
+
+
+def _check(folder: Path, sentinels: Mapping[int, int], vocabulary: AnyVocabulary) -> None:
+    for number, id in sentinels.items():
+        if id != vocabulary.first_sentinel - number:
             raise UserError(
-                f"vocabulary {vocabulary.sentencepiece_model_file!r}: {name} cannot be written in tokenizer.json;"
-                " export needs a unigram or BPE model with SentencePiece's usual spaces"
+                f"{folder}: its tokenizer gives <extra_id_{number}> the id {id}; sentinels descend from the highest"
+                f" id, which makes it {vocabulary.first_sentinel - number}: number them so in tokenizer_config.json"
             )
 
 
-def _added(vocabulary: Vocabulary) -> dict[str, int]:
-    """Mode tokens and sentinels: name -> id. A piece "▁[NLU]" is the token "[NLU]" with the space before it."""
-    modes = {piece.removeprefix(SPACE): vocabulary.mode_id(piece) for piece in vocabulary.mode_tokens}
-    return modes | {f"<extra_id_{i}>": vocabulary.sentinel(i) for i in range(vocabulary.extra_ids)}
+def _added_ids(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Name -> id of added tokens, wherever transformers 4 or 5 wrote them; what comes later counts."""
+    yield from ((token["content"], token["id"]) for token in _json(folder / "tokenizer.json").get("added_tokens", ()))
+    yield from _json(folder / "added_tokens.json").items()
+    yield from ((token["content"], int(id)) for id, token in config.get("added_tokens_decoder", {}).items())
 
 
-def _added_token(name: str, id: int, in_normalized_text: bool) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": in_normalized_text, "special": True}
-    return {"id": id, "content": name, **flags}
+def _special(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Names of special tokens; transformers 5 calls them "extra_special_tokens"."""
+    for source in (config, _json(folder / "special_tokens_map.json")):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            for token in source.get(key) or ():
+                yield token["content"] if isinstance(token, dict) else token
 
 
-def _normalizers(vocabulary: Vocabulary, model: Any) -> list[dict[str, Any]]:
-    spec, added = model.normalizer_spec, _added(vocabulary)
-    steps = charsmap.normalizers(model)
-    if spec.remove_extra_whitespaces:
-        steps.append(charsmap.replace(rf"\A +|[ {SPACE}]+\z| +(?= )", ""))
-    if spec.add_dummy_prefix:
-        # `tokenizers` normalizes the names of added tokens too, in order to find them: those stay as they are.
-        steps.append(charsmap.replace(rf"\A(?!(?:{_any_of(added)})?\z)", SPACE))
-    steps.append(charsmap.replace_string(" ", SPACE))
-    bare = {piece for piece in vocabulary.mode_tokens if not piece.startswith(SPACE)}
-    if spaced := added.keys() - bare:
-        steps.append(charsmap.replace(f"{SPACE}(?={_any_of(spaced)})", ""))
-    return steps
-
-
-def _any_of(names: Iterable[str]) -> str:
-    """A regular expression of any of the names; what the sentinels share is said once, or matching would be slow."""
-    prefix = "<extra_id_"
-    numbers = sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
-    others = sorted(re.escape(name) for name in names if not name.startswith(prefix))
-    return "|".join([*others, *([f"{prefix}(?:{'|'.join(numbers)})"] if numbers else [])])
-
-
-def _decoders(model: Any) -> list[dict[str, Any]]:
-    steps: list[dict[str, Any]] = [
-        charsmap.replace_string(SPACE, " "),
-        charsmap.replace_string("<extra_id_", " <extra_id_"),
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    spec = model.normalizer_spec
-    if leading := _ALL if spec.remove_extra_whitespaces else int(spec.add_dummy_prefix):
-        steps.append({"type": "Strip", "content": " ", "start": leading, "stop": 0})
-    return steps
-
-
-def _model(vocabulary: Vocabulary, model: Any) -> dict[str, Any]:
-    byte_fallback = model.trainer_spec.byte_fallback
-    names = [p.piece.removeprefix(SPACE) if p.type == _USER_DEFINED else p.piece for p in model.pieces]
-    names += [f"<extra_id_{i}>" for i in reversed(range(vocabulary.extra_ids))]
-    if model.trainer_spec.model_type == _UNIGRAM:
-        scores = [p.score if p.type == _NORMAL else _NEVER for p in model.pieces] + [_NEVER] * vocabulary.extra_ids
-        pieces = [list(pair) for pair in zip(names, scores, strict=True)]
-        return {"type": "Unigram", "unk_id": vocabulary.unk_id, "vocab": pieces, "byte_fallback": byte_fallback}
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": vocabulary.piece(vocabulary.unk_id),
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": byte_fallback,
-        "ignore_merges": False,
-        "vocab": {name: id for id, name in enumerate(names)},
-        "merges": _merges(model),
-    }
-
-
-def _merges(model: Any) -> list[tuple[str, str]]:
-    """All pairs that make a piece, the piece with the highest score first: SentencePiece merges any such pair."""
-    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
-    order = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
-    cuts = ((piece[:i], piece[i:]) for piece in order for i in range(1, len(piece)))
-    return [(left, right) for left, right in cuts if left in scores and right in scores]
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is no JSON object; download it again")
+    return value

@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from conversion import charsmap, tokenizer
+from conversion import charsmap, tokenizer, tokenizer_json
 from vikhr_t5.data.vocabulary import Vocabulary, train_vocabulary
 from vikhr_t5.errors import UserError
 
@@ -48,6 +48,9 @@ HARD = [
     "дальше [S2S] и <LM>, <SC1><SC6>",
     " [NLG]слитно<SC2>с <extra_id_3> текстом [NLU] ",
     "[NLU][NLU] [nlu]",
+    "Москва (<extra_id_0>) — столица; Россия<extra_id_1>.",
+    "<extra_id_0><extra_id_1> <<extra_id_2> <extra_id_3>>",
+    " <extra_id_4>слитно\t<extra_id_5>\n\n<extra_id_6><",
     "a" * 300,
 ]
 
@@ -96,9 +99,11 @@ def test_sentinels_and_mode_tokens(exported: AutoTokenizer, vocabulary: Vocabula
     assert exported.decode(ids, skip_special_tokens=True) == "Это так."
 
 
-def test_a_sentinel_needs_no_space_before_it(exported: AutoTokenizer, vocabulary: Vocabulary) -> None:
-    ids = exported("Москва (<extra_id_0>) — столица.").input_ids
-    assert ids[:-1] == [*vocabulary.encode("Москва ("), vocabulary.sentinel(0), *_inside(vocabulary, ") — столица.")]
+def test_a_sentinel_without_a_space_before_it_is_text(exported: AutoTokenizer, vocabulary: Vocabulary) -> None:
+    glued, apart = "Москва(<extra_id_0>)", "Москва( <extra_id_0>)"
+    assert vocabulary.sentinel(0) not in exported(glued).input_ids
+    assert vocabulary.sentinel(0) in exported(apart).input_ids
+    assert exported.decode(exported(glued).input_ids[:-1]) == glued
 
 
 def test_saved_again_by_transformers(exported: AutoTokenizer, tmp_path: Path) -> None:
@@ -165,7 +170,7 @@ def test_other_settings_of_sentencepiece(vocabulary: Vocabulary, tmp_path: Path,
     setattr(model.normalizer_spec, setting, b"" if setting == "precompiled_charsmap" else False)
     (tmp_path / "spiece.model").write_bytes(model.SerializeToString())
     changed = Vocabulary(str(tmp_path / "spiece.model"), 300)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.tokenizer_json(changed)))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json.tokenizer_json(changed)))
     ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in HARD:
         if setting == "add_dummy_prefix" and text.lstrip().startswith("<extra_id_"):
@@ -196,15 +201,10 @@ def test_what_cannot_be_written_is_refused(unigram: Vocabulary, tmp_path: Path, 
     change(model)
     (tmp_path / "a.model").write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match=named):
-        tokenizer.tokenizer_json(Vocabulary(str(tmp_path / "a.model"), 10))
+        tokenizer_json.tokenizer_json(Vocabulary(str(tmp_path / "a.model"), 10))
 
 
 def test_rules_of_its_own_are_refused(unigram: Vocabulary) -> None:
     own = sentencepiece.SentencePieceNormalizer(norm_map=[("км", "километр"), ("a", "b")])
     with pytest.raises(UserError, match="'км' -> 'километр'"):
         charsmap.normalizers(proto.ModelProto.FromString(own.serialized_model_proto()))
-
-
-def _inside(vocabulary: Vocabulary, text: str) -> list[int]:
-    """Ids of a text that continues another."""
-    return vocabulary.encode("x" + text)[len(vocabulary.encode("x")) :]
