@@ -19,14 +19,29 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vikhr_t5/data": ("vikhr_t5.data",),
     "vikhr_t5/model": ("vikhr_t5.model",),
     "vikhr_t5/train": ("vikhr_t5.train", "vikhr_t5.model", "vikhr_t5.data"),
-    "vikhr_t5/launch.py": ("vikhr_t5.t5x_dialect",),
+    "vikhr_t5/launch.py": ("vikhr_t5.t5x_dialect", "vikhr_t5.gin_files"),
+    "vikhr_t5/gin_files.py": ("vikhr_t5.t5x_dialect",),
+    "vikhr_t5/t5x_adapters.py": (
+        "vikhr_t5.data",
+        "vikhr_t5.eval",
+        "vikhr_t5.infer",
+        "vikhr_t5.model",
+        "vikhr_t5.remote",
+        "vikhr_t5.train",
+    ),
+    "vikhr_t5/inference.py": ("vikhr_t5.train", "vikhr_t5.model", "vikhr_t5.data"),
+    "vikhr_t5/eval.py": ("vikhr_t5.inference", "vikhr_t5.train", "vikhr_t5.data"),
+    "vikhr_t5/infer.py": ("vikhr_t5.inference", "vikhr_t5.train", "vikhr_t5.data"),
     "vikhr_t5/t5x_dialect.py": (),
     "vikhr_t5/report.py": (),
     "vikhr_t5/dry_run.py": ("vikhr_t5.train", "vikhr_t5.model", "vikhr_t5.data"),
     "vikhr_t5/cli.py": (
         "vikhr_t5.data",
         "vikhr_t5.dry_run",
+        "vikhr_t5.eval",
+        "vikhr_t5.infer",
         "vikhr_t5.launch",
+        "vikhr_t5.remote",
         "vikhr_t5.report",
         "vikhr_t5.train",
         "conversion",
@@ -38,7 +53,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # Third-party packages that only these files may import.
 RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
-    TENSORFLOW: ("tasks", "vikhr_t5/data/sources.py", "vikhr_t5/data/cache.py", "vikhr_t5/data/preview.py"),
+    TENSORFLOW: (
+        "tasks",
+        "vikhr_t5/data/sources.py",
+        "vikhr_t5/data/cache.py",
+        "vikhr_t5/data/preview.py",
+        "vikhr_t5/eval.py",
+    ),
     TORCH: ("vikhr_mistral", "conversion/verify.py"),
     ("gin",): ("vikhr_t5/launch.py", "vikhr_t5/t5x_dialect.py"),
 }
@@ -107,7 +128,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_training_path_loads_neither_tensorflow_nor_torch():
-    modules = ["cli", "launch", "dry_run", "train.loop", "data.pipeline", "data.store"]
+    modules = ["cli", "launch", "dry_run", "train.loop", "data.pipeline", "data.store", "t5x_adapters", "eval", "infer"]
     loaded = loaded_by("\n".join(f"import vikhr_t5.{module}" for module in modules))
     assert {"jax", "gin", "numpy"} <= loaded
     assert not loaded & {*TENSORFLOW, *TORCH}

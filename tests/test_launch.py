@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from vikhr_t5 import launch, t5x_dialect
+from vikhr_t5 import gin_files, launch, t5x_dialect
 from vikhr_t5.errors import UserError
 
 MODULE = """
@@ -176,7 +176,7 @@ def test_unknown_names_come_with_the_nearest(toy, tmp_path):
     assert "a.gin:16: toy.Confg: the module toy_launch has no Confg (nearest: Config)" in refused(["a.gin"])
     write(tmp_path / "a.gin", BASE + "toys.Config.width = 1\n")
     assert "a.gin:16: 'toys' is not imported by this file" in refused(["a.gin"])
-    write(tmp_path / "a.gin", DYNAMIC + "import no_such_module\n")
+    write(tmp_path / "a.gin", DYNAMIC + "import no_such_module\nno_such_module.f.x = 1\n")
     assert "a.gin:2: cannot import: No module named 'no_such_module'" in refused(["a.gin"])
 
 
@@ -199,7 +199,7 @@ def test_a_missing_file_names_where_it_was_sought_and_what_is_near(toy, tmp_path
     message = refused(["models/t5_1_1_smal.gin"], search_paths=[str(tmp_path / "elsewhere")])
     assert str(tmp_path) in message
     assert str(tmp_path / "elsewhere") in message
-    assert str(launch.gin_folder()) in message
+    assert str(gin_files.gin_folder()) in message
     assert "models/t5_1_1_small.gin" in message
     write(tmp_path / "a.gin", "\ninclude 'nowhere.gin'\n")
     assert "a.gin:2: gin file 'nowhere.gin' was not found" in refused(["a.gin"])
@@ -226,13 +226,13 @@ def test_search_order(toy, tmp_path):
     assert width() == 2
     write(tmp_path / "w.gin", "WIDTH = 1\n")
     assert width() == 1
-    assert launch._reading.find("models/t5_1_1_base.gin") == launch.gin_folder() / "models/t5_1_1_base.gin"
+    assert launch._reading.find("models/t5_1_1_base.gin") == gin_files.gin_folder() / "models/t5_1_1_base.gin"
 
 
 def test_what_a_function_needs_and_nothing_binds(toy, tmp_path):
     write(tmp_path / "a.gin", DYNAMIC + "import toy_launch as toy\ntoy.train.model = 1\n")
     launch.load(["a.gin"])
-    with pytest.raises(UserError, match=r"needs model_dir, total_steps: bind toy_launch.train.model_dir"):
+    with pytest.raises(UserError, match=r"needs model_dir, total_steps: bind toy.train.model_dir"):
         launch.arguments(toy.train)
     with pytest.raises(UserError, match="no gin file binds"):
         launch.arguments(write)

@@ -6,92 +6,27 @@ of the gin files; the code that is configured knows nothing of gin. What gin off
 bindings and of registered names) is read from its module, `gin.config`.
 """
 
-import contextlib
 import difflib
 import inspect
-import io
 import os
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import gin.config
 
 from vikhr_t5 import t5x_dialect
 from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.gin_files import GinFiles, shown
 
-_INCLUDE = re.compile(r"^(?P<head>\s*include\s+)(?P<quote>['\"])(?P<name>[^'\"]+)(?P=quote)(?P<rest>.*)$", re.DOTALL)
 _LOCATION = re.compile(r'\n  In (?:file "(?P<file>.*?)",|bindings string) line (?P<line>\d+)')
 # What may stand on the command line without inner quotes: /a/b, ./a, ../a, ~/a, a/b, gs://a/b.
 _PATH_VALUE = re.compile(r"^(?:(?:~|\.{1,2})?/|[A-Za-z_][\w.+-]*:?/)\S*$")
 
 
-def gin_folder() -> Path:
-    """The folder of our own gin files: `gin/` of the repository, or inside the installed package."""
-    package = Path(__file__).resolve().parent
-    return package / "gin" if (package / "gin").is_dir() else package.parent / "gin"
-
-
-class _Files:
-    """Finds and reads gin files: resolves includes, rewrites t5x's import lines, knows which file is being read."""
-
-    def __init__(self, search_paths: Sequence[str]):
-        self.search_paths = [Path(p).expanduser() for p in search_paths]
-        self.open_files: list[Path] = []
-
-    def folders(self, beside: Path | None = None) -> list[Path]:
-        """Where a relative name is looked for, in order."""
-        return [Path(), *([beside] if beside else []), *self.search_paths, gin_folder()]
-
-    def find(self, name: str, including: Path | None = None, line: int = 0) -> Path:
-        path = Path(name).expanduser()
-        folders = [Path("/")] if path.is_absolute() else self.folders(including.parent if including else None)
-        for folder in folders:
-            if (folder / path).is_file():
-                return (folder / path).absolute()
-        where = f"{_shown(including)}:{line}: " if including else ""
-        known = [str(p.relative_to(f)) for f in {gin_folder(), *self.search_paths} for p in f.rglob("*.gin")]
-        searched = ", ".join(dict.fromkeys(str(f.absolute()) for f in folders))
-        raise UserError(f"{where}gin file {name!r} was not found in {searched} ({nearest(name, known)})")
-
-    @contextlib.contextmanager
-    def read(self, name: str) -> Iterator[io.StringIO]:
-        """gin's file reader: the file's text with includes made absolute and t5x's modules replaced."""
-        path = Path(name)
-        if path in self.open_files:
-            raise UserError(f"{_shown(path)} includes itself, through {_shown(self.open_files[-1])}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{_shown(path)} cannot be read as UTF-8 text: {error}") from None
-        lines = [self._rewrite(line, path, i) for i, line in enumerate(text.splitlines(keepends=True), start=1)]
-        handle = io.StringIO("".join(lines))
-        handle.name = str(path)  # gin's messages show it
-        self.open_files.append(path)
-        yield handle
-        self.open_files.pop()  # after an error it stays, and tells which file was being read
-
-    def _rewrite(self, line: str, path: Path, number: int) -> str:
-        include = _INCLUDE.match(line)
-        if include:
-            target = self.find(include["name"], path, number)
-            return f"{include['head']}{str(target)!r}{include['rest']}"
-        try:
-            return t5x_dialect.rewrite_import(line)
-        except UserError as error:
-            raise UserError(f"{_shown(path)}:{number}: {error}") from None
-
-
-def _shown(path: Path | str) -> str:
-    """A path as people know it: relative to the working folder where it lies inside."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-_reading = _Files([])
+_reading = GinFiles([])
 # Ours alone: gin's own would take files past it, and logs an error for each file that another reader opens.
 gin.config._FILE_READERS[:] = [(lambda name: _reading.read(name), os.path.isfile)]
 
@@ -106,51 +41,142 @@ def load(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Seque
             macro has no value; says which file and line, or which flag.
     """
     global _reading
-    _reading = _Files(search_paths)
+    _reading = GinFiles(search_paths)
     gin.config.clear_config()
+    _forget_registered()
     for name in files:
         path = _reading.find(name)
         try:
             gin.config.parse_config_file(str(path))
         except Exception as error:
-            _explain(error, _shown(_reading.open_files[-1] if _reading.open_files else path))
+            _explain(error, shown(_reading.open_files[-1] if _reading.open_files else path))
     macros = _macros()
     for binding in bindings:
         _bind(binding, macros)
+    _give_task_modules()
     _check_complete()
     gin.config.finalize()
 
 
+def _forget_registered() -> None:
+    """Drop what earlier loads registered: two modules of one name would make a short name ambiguous."""
+    for selector, registered in list(gin.config._REGISTRY.items()):
+        if registered.import_source is not None:
+            gin.config._REGISTRY.pop(selector)
+            gin.config._INVERSE_REGISTRY.pop(registered.wrapped, None)
+
+
+def _give_task_modules() -> None:
+    """A dataset whose `module` is None or not given gets the modules that the files import for their tasks."""
+    modules = ",".join(dict.fromkeys(_reading.task_modules))
+    for (scope, selector), values in list(gin.config._CONFIG.items()) if modules else ():
+        if selector.endswith(".DatasetConfig") and _macro_value(values.get("module")) is None:
+            gin.config.bind_parameter((scope, selector, "module"), modules)
+
+
+def _macro_value(value: Any) -> Any:
+    """The value of a reference to a macro; any other value as it is."""
+    while isinstance(value, gin.config.ConfigurableReference) and repr(value).startswith("%"):
+        value = gin.config._CONFIG.get(value.config_key, {}).get("value")
+    return value
+
+
 def arguments(function: Callable[..., Any], supplied: Sequence[str] = ()) -> dict[str, Any]:
     """What the loaded gin files bind to `function`'s parameters, references evaluated.
+
+    Where they bind t5x's function of the same purpose instead, its adapter (whose `stands_for` is `function`)
+    translates.
 
     Args:
         function: is called by the caller, with these arguments and a few of its own.
         supplied: the names of those few.
 
     Raises:
-        UserError: the files do not configure the function, or leave one of its parameters without a value.
+        UserError: the files do not configure the function, leave one of its parameters without a value, or bind what
+            cannot be had; says where.
     """
     name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-    configurable = gin.config._inverse_lookup(function)
-    if configurable is None:
-        raise UserError(f"no gin file binds {name}: include 'runs/pretrain.gin' or 'runs/finetune.gin'")
+    bound = {selector for _, selector in gin.config._CONFIG}
+    found = [
+        c
+        for c in _registered()
+        if c.selector in bound and function in (c.wrapped, getattr(c.wrapped, "stands_for", None))
+    ]
+    if not found:
+        runs = {"train": "'runs/pretrain.gin' or 'runs/finetune.gin'"}
+        run = runs.get(function.__name__, f"'runs/{name.split('.')[0]}.gin'")
+        raise UserError(f"no gin file binds {name}: include {run}")
+    if len(found) > 1:
+        names = " and ".join(_short(c.selector) for c in found)
+        raise UserError(f"the gin files bind both {names}: include a run file of one kind, ours or t5x's")
+    (configurable,) = found
+    wrapped = configurable.wrapped
     try:
-        values = gin.config.get_bindings(function)
+        values = gin.config.get_bindings(configurable.selector)
+        missing = [
+            p.name
+            for p in inspect.signature(wrapped).parameters.values()
+            if p.default is p.empty and p.name not in (*values, *supplied)
+        ]
+        if missing:
+            name = _short(configurable.selector)
+            raise UserError(f"{name} needs {', '.join(missing)}: bind {', '.join(f'{name}.{m}' for m in missing)}")
+        translated = values if wrapped is function else wrapped(**values)
     except (TypeError, ValueError) as error:  # a constructor refused what is bound to it
         raise UserError(_refused(error)) from error
-    missing = [
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.default is p.empty and p.name not in (*values, *supplied)
-    ]
-    if missing:
-        raise UserError(f"{name} needs {', '.join(missing)}: bind {', '.join(f'{name}.{m}' for m in missing)}")
+    except UserError as error:
+        binding = getattr(error, "binding", None)
+        if binding is None:
+            raise
+        place = _reading.places.get(".".join(binding.split(".")[-2:]), "")
+        message = str(error).split("\n")[0]
+        raise UserError(f"{place}: {message}" if place else message) from error
     # gin's operative configuration records what is called through gin. The function is called by us: record it here.
-    defaults = gin.config._get_default_configurable_parameter_values(function, None, supplied)
-    operative = defaults | gin.config.get_bindings(function, resolve_references=False)
+    defaults = gin.config._get_default_configurable_parameter_values(wrapped, None, supplied)
+    operative = defaults | gin.config.get_bindings(configurable.selector, resolve_references=False)
     gin.config._OPERATIVE_CONFIG[("", configurable.selector)] = operative
-    return values
+    _check_names_meet()
+    return translated
+
+
+def _registered() -> list[gin.config.Configurable]:
+    return [c for _, c in gin.config._REGISTRY.items() if c.import_source is not None]
+
+
+def _check_names_meet() -> None:
+    """UserError where t5x's name of a thing is bound, and the run is made with ours, or the other way round."""
+    bound = {selector for _, selector in gin.config._CONFIG}
+    used = {selector for _, selector in gin.config._OPERATIVE_CONFIG}
+    for c in _registered():
+        twin = gin.config._inverse_lookup(getattr(c.wrapped, "stands_for", None) or c.wrapped)
+        if twin is None or twin is c:
+            continue
+        for idle, busy in ((c.selector, twin.selector), (twin.selector, c.selector)):
+            if idle in bound and idle not in used and busy in used:
+                raise UserError(
+                    f"{_short(idle)} is bound and has no effect, since the run files make {_short(busy)}: bind that,"
+                    " or include run files of one kind ('t5x/configs/runs/pretrain.gin' has t5x's names,"
+                    " 'runs/pretrain.gin' ours)"
+                )
+
+
+def idle() -> list[str]:
+    """Of t5x's names, those that are bound and that nothing in this launch uses, in their scopes."""
+    used = gin.config._OPERATIVE_CONFIG
+    macros = _macros()
+
+    def is_used(scope: str, selector: str) -> bool:
+        for used_scope, used_selector in used:
+            plain = "/".join(name for name in used_scope.split("/") if name not in macros)
+            if selector == used_selector and (not scope or f"{plain}/".startswith(f"{scope}/")):
+                return True
+        return False
+
+    return [
+        f"{scope}{'/' if scope else ''}{_short(selector)}"
+        for scope, selector in gin.config._CONFIG
+        if t5x_dialect.__name__ in selector and not is_used(scope, selector)
+    ]
 
 
 def config_text() -> str:
@@ -165,7 +191,7 @@ def config_text() -> str:
         if selector != "gin.macro":
             scope = "/".join(name for name in scope.split("/") if name not in macros)
         operative.setdefault((scope, selector), {}).update(values)
-    return gin.config._config_str(operative, max_line_length=120)
+    return t5x_dialect.restore_imports(gin.config._config_str(operative, max_line_length=120))
 
 
 def _macros() -> set[str]:
@@ -177,7 +203,7 @@ def _macros() -> set[str]:
 def _bind(binding: str, macros: set[str]) -> None:
     """One `NAME=VALUE` of the command line. A path may stand without inner quotes; any other string needs them."""
     name, equals, value = binding.partition("=")
-    flag = f"--gin.{binding}"
+    flag, name = f"--gin.{binding}", t5x_dialect.command_line_name(name.strip())
     if not equals or not value.strip():
         raise UserError(f"{flag}: write --gin.NAME=VALUE")
     if "." not in name and name not in macros:
@@ -186,6 +212,7 @@ def _bind(binding: str, macros: set[str]) -> None:
         value = repr(os.path.expanduser(value))
     try:
         gin.config.parse_config(f"{name} = {value}")
+        _reading.places[".".join(re.split("[./]", name)[-2:])] = flag
     except (SyntaxError, tokenize.TokenError):
         python = {"true": "True", "false": "False", "none": "None"}.get(value.lower())
         instead = f"--gin.{name}={python}" if python else f"""--gin.{name}="'{value}'" where a string is meant"""
@@ -222,12 +249,12 @@ def _explain(error: Exception, source: str) -> NoReturn:
     text = str(error)
     message = text.split("\n")[0]
     located = _LOCATION.search(text)
-    place = f"{_shown(located['file'])}:{located['line']}" if located and located["file"] else source
+    place = f"{shown(located['file'])}:{located['line']}" if located and located["file"] else source
     if isinstance(error, UserError):
         # One of ours knows its place already, unless it came out of a name that gin looked up.
         raise UserError(f"{place}: {message}" if located and not re.match(r"\S+:\d+: ", message) else message) from None
     if isinstance(error, SyntaxError):
-        place = f"{_shown(error.filename)}:{error.lineno}" if error.filename else source
+        place = f"{shown(error.filename)}:{error.lineno}" if error.filename else source
         raise UserError(f"{place}: gin syntax error: {(error.msg or '').splitlines()[0].rstrip('.')}") from None
     if isinstance(error, tokenize.TokenError):
         line = error.args[1][0]

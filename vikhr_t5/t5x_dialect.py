@@ -4,6 +4,9 @@ A gin file written for t5x imports `t5x.utils`, `seqio`, `__main__`. launch.py p
 through `rewrite_import`, which replaces a module of the table by a stand-in of the same name under this module
 (`from t5x import utils` → `from vikhr_t5.t5x_dialect.t5x import utils`). A stand-in resolves its names through the
 table when gin asks for them, so nothing of t5x or seqio needs to be installed, and nothing of ours is imported early.
+
+A name whose arguments and defaults are those of t5x stands for our own object; any other for an adapter of
+t5x_adapters.py, which takes t5x's arguments.
 """
 
 import importlib
@@ -15,31 +18,80 @@ from typing import Any
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.packages import require_own
 
+ADAPTERS = "vikhr_t5.t5x_adapters"
+_SCRIPT = {name: f"{ADAPTERS}:{name}" for name in ("train", "evaluate", "infer")}
+
 TABLE: dict[str, dict[str, str]] = {
-    "__main__": {"train": "vikhr_t5.train.loop:train"},
-    "seqio": {"SentencePieceVocabulary": "vikhr_t5.data.vocabulary:Vocabulary"},
-    "t5x.adafactor": {"Adafactor": "vikhr_t5.train.optimizers:Adafactor"},
+    "__main__": _SCRIPT,
+    "seqio": {
+        "ByteVocabulary": f"{ADAPTERS}:ByteVocabulary",
+        "Evaluator": f"{ADAPTERS}:Evaluator",
+        "JSONLogger": f"{ADAPTERS}:JSONLogger",
+        "PyLoggingLogger": f"{ADAPTERS}:PyLoggingLogger",
+        "SentencePieceVocabulary": f"{ADAPTERS}:SentencePieceVocabulary",
+        "TensorBoardLogger": f"{ADAPTERS}:TensorBoardLogger",
+    },
+    # Only what treats each number of a tensor alone: our tensors are stacks of layers.
+    "optax": {
+        name: f"optax:{name}"
+        for name in (
+            *("adam", "adamw", "lion", "sgd", "rmsprop", "clip", "clip_by_global_norm", "add_decayed_weights"),
+            *("constant_schedule", "cosine_decay_schedule", "exponential_decay", "join_schedules", "linear_schedule"),
+            "warmup_cosine_decay_schedule",
+        )
+    },
+    "t5x.adafactor": {
+        "Adafactor": f"{ADAPTERS}:Adafactor",
+        "standard_logical_factor_rules": f"{ADAPTERS}:standard_logical_factor_rules",
+    },
+    "t5x.eval": {"evaluate": f"{ADAPTERS}:evaluate"},
+    "t5x.examples.scalable_t5.network": {
+        "T5Config": f"{ADAPTERS}:ScalableT5Config",
+        "Transformer": "vikhr_t5.model.network:Transformer",
+    },
     "t5x.examples.t5.network": {
         "T5Config": "vikhr_t5.model.network:T5Config",
         "Transformer": "vikhr_t5.model.network:Transformer",
     },
-    "t5x.models": {"EncoderDecoderModel": "vikhr_t5.train.state:EncoderDecoderModel"},
-    "t5x.partitioning": {"PjitPartitioner": "vikhr_t5.train.partitioning:Partitioner"},
-    "t5x.train": {"train": "vikhr_t5.train.loop:train"},
-    "t5x.trainer": {"Trainer": "vikhr_t5.train.step:Trainer"},
-    "t5x.utils": {
-        "CheckpointConfig": "vikhr_t5.train.checkpoints:CheckpointConfig",
-        "DatasetConfig": "vikhr_t5.data.pipeline:DatasetConfig",
-        "RestoreCheckpointConfig": "vikhr_t5.train.checkpoints:RestoreCheckpointConfig",
-        "SaveCheckpointConfig": "vikhr_t5.train.checkpoints:SaveCheckpointConfig",
-        "create_learning_rate_scheduler": "vikhr_t5.train.optimizers:create_learning_rate_scheduler",
+    "t5x.gin_utils": {"summarize_gin_config": f"{ADAPTERS}:summarize_gin_config"},
+    "t5x.infer": {"infer": f"{ADAPTERS}:infer"},
+    "t5x.models": {"EncoderDecoderModel": f"{ADAPTERS}:EncoderDecoderModel"},
+    "t5x.optimizers": {name: f"{ADAPTERS}:{name}" for name in ("adam", "adamw", "chain", "lion", "rmsprop", "sgd")},
+    "t5x.partitioning": {
+        "PjitPartitioner": f"{ADAPTERS}:PjitPartitioner",
+        "standard_logical_axis_rules": f"{ADAPTERS}:standard_logical_axis_rules",
     },
+    "t5x.train": {"train": f"{ADAPTERS}:train"},
+    "t5x.trainer": {
+        "TerminateOnNanAction": f"{ADAPTERS}:TerminateOnNanAction",
+        "Trainer": f"{ADAPTERS}:Trainer",
+    },
+    "t5x.utils": {
+        "CheckpointConfig": f"{ADAPTERS}:CheckpointConfig",
+        "DatasetConfig": f"{ADAPTERS}:DatasetConfig",
+        "RestoreCheckpointConfig": f"{ADAPTERS}:RestoreCheckpointConfig",
+        "SaveCheckpointConfig": f"{ADAPTERS}:SaveCheckpointConfig",
+        "create_learning_rate_scheduler": "vikhr_t5.train.optimizers:create_learning_rate_scheduler",
+        "get_dataset": f"{ADAPTERS}:get_dataset",
+        "get_training_eval_datasets": f"{ADAPTERS}:get_training_eval_datasets",
+        "verify_matching_vocabs": f"{ADAPTERS}:verify_matching_vocabs",
+    },
+}
+
+# What to use instead of what people may well ask for.
+INSTEAD = {
+    "optax": "only what treats each number alone can be used, since our tensors are stacks of layers",
+    "t5x.checkpoints": "for the best checkpoint set checkpoints.SaveCheckpointConfig.best_metric of vikhr_t5.train",
+    "t5x.decoding": "decoding is greedy: remove the lines that use it",
+    "t5x.models.DecoderOnlyModel": "only encoder-decoders are trained",
+    "t5x.trainer.EarlyStoppingAction": "keep the best checkpoint with vikhr_t5's SaveCheckpointConfig.best_metric",
 }
 
 _IMPORT = re.compile(
     r"^(?P<indent>\s*)(?:from\s+(?P<package>[\w.]+)\s+import\s+(?P<name>\w+)|import\s+(?P<module>[\w.]+))"
     r"(?:\s+as\s+(?P<alias>\w+))?(?P<rest>\s*(?:#.*)?)$"
 )
+_SCRIPT_NAME = re.compile(r"(?<![\w.])(?:train|eval|infer)_script\.(?=\w)")
 
 
 class _StandIn(types.ModuleType):
@@ -58,11 +110,17 @@ class _StandIn(types.ModuleType):
         names = TABLE.get(self._t5x_name, {})
         if attribute not in names:
             raise UserError(
-                f"{child} is t5x's and has no counterpart in vikhr-t5 ({nearest(attribute, names)}): "
-                "remove the lines that use it"
+                f"{child} is {'optax' if self._t5x_name == 'optax' else 't5x'}'s and has no counterpart in vikhr-t5"
+                f" ({nearest(attribute, names)}): {_instead(child)}"
             )
         module, name = names[attribute].split(":")
         return getattr(importlib.import_module(module), name)
+
+
+def _instead(name: str) -> str:
+    return next(
+        (INSTEAD[part] for part in reversed(_packages(name)) if part in INSTEAD), "remove the lines that use it"
+    )
 
 
 def _packages(module: str) -> list[str]:
@@ -72,9 +130,20 @@ def _packages(module: str) -> list[str]:
 
 
 # gin imports by name (`__import__`), which finds what is already in sys.modules.
-for _module in TABLE:
-    for _package in _packages(_module):
-        sys.modules.setdefault(f"{__name__}.{_package}", _StandIn(_package))
+_STAND_INS = {package for module in TABLE for package in _packages(module)}
+for _package in _STAND_INS:
+    sys.modules.setdefault(f"{__name__}.{_package}", _StandIn(_package))
+
+
+def imported(line: str) -> tuple[str, str] | None:
+    """(module, the name that the file knows it by) of an import line of a module that is not of the table."""
+    match = _IMPORT.match(line.rstrip("\n"))
+    if not match or match["package"] == "__gin__":
+        return None
+    module = match["module"] or f"{match['package']}.{match['name']}"
+    if module in _STAND_INS or module.split(".")[0] in ("t5x", "vikhr_t5"):
+        return None
+    return module, match["alias"] or match["name"] or module.split(".")[0]
 
 
 def rewrite_import(line: str) -> str:
@@ -88,10 +157,12 @@ def rewrite_import(line: str) -> str:
         return line
     module = match["module"] or f"{match['package']}.{match['name']}"
     top = module.split(".")[0]
-    if module not in TABLE:
+    if module not in _STAND_INS:
         require_own(module)  # here, since Python would take a submodule of ours from an editable install all the same
-        if top == "t5x" or module.startswith("seqio."):
-            raise UserError(f"vikhr-t5 has no counterpart of t5x's module {module} ({nearest(module, TABLE)})")
+        if top == "t5x" or module.startswith(("seqio.", "optax.")):
+            raise UserError(
+                f"vikhr-t5 has no counterpart of t5x's module {module} ({nearest(module, TABLE)}): {_instead(module)}"
+            )
         return line
     end = match["rest"] + line[len(line.rstrip("\n")) :]
     if match["module"] and not match["alias"]:  # `import seqio` binds the first part of the name
@@ -100,3 +171,14 @@ def rewrite_import(line: str) -> str:
     if match["module"]:
         return f"{match['indent']}import {__name__}.{module}{alias}{end}"
     return f"{match['indent']}from {__name__}.{match['package']} import {match['name']}{alias}{end}"
+
+
+def restore_imports(text: str) -> str:
+    """The inverse of `rewrite_import`, for every line of a configuration's text."""
+    text = re.sub(rf"^(import|from) {re.escape(__name__)}\.", r"\1 ", text, flags=re.MULTILINE)
+    return re.sub(r"^import (\w+) as \1$", r"import \1", text, flags=re.MULTILINE)
+
+
+def command_line_name(name: str) -> str:
+    """`train_script.train.eval_period` → `train.eval_period`: on the command line gin knows no file's aliases."""
+    return _SCRIPT_NAME.sub("", name)

@@ -86,7 +86,7 @@ def cache(
 
     Args:
         mixture_or_task: name in seqio's registries.
-        module: the Python module that registers it.
+        module: the Python module that registers it; several, joined by commas.
         cache_dir: the folder of `vikhr_t5.data.store`.
         splits: all splits where None.
         num_workers: processes; 0 = one per core.
@@ -108,7 +108,8 @@ def cache(
         raise UserError(f"{mixture_or_task} has no split {', '.join(splits or [])}; it has: {known}")
     plans = [_plan(task, split, module) for task, split in wanted_splits]
     if vocabulary_file is not None:
-        _check_vocabulary(plans, open_vocabulary(vocabulary_file, extra_ids))
+        for task in tasks:
+            check_task_vocabulary(task, open_vocabulary(vocabulary_file, extra_ids))
     with _locked(Path(cache_dir)):
         pending = [plan for plan in plans if not plan.is_done(Path(cache_dir))]
         _write(pending, Path(cache_dir), module, num_workers or os.cpu_count() or 1)
@@ -120,22 +121,24 @@ def cache(
 
 
 def import_tasks(module: str) -> None:
-    """Import a module that registers tasks; the current folder is searched last.
+    """Import the modules, joined by commas, that register tasks; the current folder is searched last.
 
     Raises:
         UserError: there is no such module, or `tasks` is another package than vikhr-t5's.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    require_own(module)
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(
-            f"no Python module {module} (from {os.getcwd()}): it should register the seqio tasks"
-        ) from error
+    for name in module.split(","):
+        require_own(name)
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise UserError(
+                f"no Python module {name} (from {os.getcwd()}): it should register the seqio tasks; install the package"
+                " that has it, or register them in a module of yours and set MIXTURE_OR_TASK_MODULE"
+            ) from error
 
 
 def find_provider(name: str, module: str) -> seqio.Task | seqio.Mixture:
@@ -212,10 +215,10 @@ def _plan(task: seqio.Task, split: str, module: str) -> _Plan:
 
 
 def _modules(module: str) -> dict[str, str]:
-    """Name -> sha256 of the source of each module that is loaded from the package of `module`."""
-    top = module.split(".")[0]
+    """Name -> sha256 of the source of each module that is loaded from the packages of `module`."""
+    tops = {name.split(".")[0] for name in module.split(",")}
     files = {name: getattr(loaded, "__file__", None) for name, loaded in sys.modules.items()}
-    ours = {name: file for name, file in files.items() if file and (name == top or name.startswith(f"{top}."))}
+    ours = {name: file for name, file in files.items() if file and name.split(".")[0] in tops}
     return {name: file_digest(Path(file)) for name, file in sorted(ours.items())}
 
 
@@ -245,6 +248,18 @@ def _cut(task: seqio.Task) -> tuple[list[Step], list[str], dict[str, Any] | None
     return steps, frozen, transform
 
 
+def check_task_vocabulary(task: seqio.Task, vocabulary: AnyVocabulary) -> None:
+    """UserError where a feature of the task has another vocabulary than the run."""
+    for name, feature in task.output_features.items():
+        found = _feature(task.name, name, feature)
+        if found.vocabulary != vocabulary.fingerprint():
+            raise UserError(
+                f"task {task.name}: its {name} use another vocabulary ({found.vocabulary_size} ids, "
+                f"{found.extra_ids} sentinels) than the run ({vocabulary.size} ids, {vocabulary.extra_ids} "
+                f"sentinels, {vocabulary.source}); register it with tasks.settings.vocabulary()"
+            )
+
+
 def _feature(task: str, name: str, feature: seqio.Feature) -> Feature:
     vocabulary = feature.vocabulary
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
@@ -253,26 +268,13 @@ def _feature(task: str, name: str, feature: seqio.Feature) -> Feature:
         ours = ByteVocabulary(vocabulary.extra_ids)
     else:
         kind = type(vocabulary).__name__
-        raise UserError(
-            f"task {task}: {name} has a {kind}; use SentencePieceVocabulary or ByteVocabulary"
-        )
+        raise UserError(f"task {task}: {name} has a {kind}; use SentencePieceVocabulary or ByteVocabulary")
     return Feature(feature.add_eos, ours.fingerprint(), ours.size, ours.extra_ids)
 
 
 @functools.cache
 def _vocabulary(file: str, extra_ids: int) -> AnyVocabulary:
     return Vocabulary(file, extra_ids)
-
-
-def _check_vocabulary(plans: list[_Plan], vocabulary: AnyVocabulary) -> None:
-    for plan in plans:
-        for name, feature in plan.manifest.features.items():
-            if feature.vocabulary != vocabulary.fingerprint():
-                raise UserError(
-                    f"task {plan.manifest.task}: its {name} use another vocabulary ({feature.vocabulary_size} ids, "
-                    f"{feature.extra_ids} sentinels) than the run ({vocabulary.size} ids, {vocabulary.extra_ids} "
-                    f"sentinels, {vocabulary.source}); register it with tasks.settings.vocabulary()"
-                )
 
 
 def _data_files(source: seqio.DataSource, split: str) -> list[str]:

@@ -148,7 +148,8 @@ class MetricsLog:
             _keep_lines_up_to(folder / name, step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line; the numbers of "train" and "eval" go to TensorBoard, too (an eval's folder is its `task`).
+        """One line; the numbers of "train", "eval" and "inference_eval" go to TensorBoard, too (an evaluation's folder
+        is its `task`).
 
         Raises:
           UserError: the line cannot be written (a full disk).
@@ -157,10 +158,13 @@ class MetricsLog:
             return
         plain = {name: _plain(value) for name, value in values.items()}
         self._append("metrics.jsonl", {"kind": kind, "step": step, "time": round(time.time(), 3), **plain})
-        if kind in ("train", "eval"):
-            folder = "train" if kind == "train" else f"training_eval/{values['task']}"
+        task = values.get("task", "")
+        folder = {"train": "train", "eval": f"training_eval/{task}", "inference_eval": task}.get(kind)
+        if folder:
             numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-            self._tensorboard(folder, step, {T5X_NAMES.get(name, name): value for name, value in numbers.items()})
+            prefix = "eval/" if kind == "inference_eval" else ""  # t5x's
+            named = {prefix + T5X_NAMES.get(name, name): value for name, value in numbers.items()}
+            self._tensorboard(folder, step, named)
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Lines of samples.jsonl: {"step", "task", "input", "target", "prediction"}. The first is shown on stderr."""

@@ -43,7 +43,8 @@ class OptimizerDef(Protocol):
 
 
 class AdafactorState(NamedTuple):
-    """updates: how many were done, int32. moments: per parameter {"v"} or, factored, {"v_row", "v_col"}."""
+    """updates: how many were done, int32. moments: per parameter {"v"} or, factored, {"v_row", "v_col"}, and with
+    momentum {"m"}."""
 
     updates: jax.Array
     moments: Tree
@@ -51,12 +52,19 @@ class AdafactorState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor:
-    """Adafactor (Shazeer & Stern, 1804.04235) with t5x's defaults and argument names; without momentum.
+    """Adafactor (Shazeer & Stern, 1804.04235) with t5x's defaults and argument names.
 
     With t the number of this update counted from 1, beta = 1 - (t - step_offset)^-decay_rate:
       v <- beta v + (1 - beta) (g^2 + epsilon1), kept as row and column means where the tensor's two largest
       dimensions are both >= min_dim_size_to_factor; u = g / sqrt(v); u <- u / max(1, RMS(u) / clipping_threshold);
       p <- p - learning_rate * max(RMS(p), epsilon2) * u (without the RMS if not multiply_by_parameter_scale).
+
+    Args:
+      beta1: momentum: what is subtracted is m <- beta1 m + (1 - beta1) (the step above).
+      weight_decay_rate: p is also multiplied by 1 - weight_decay_rate, whatever the learning rate.
+      weight_decay_rate_lr_exponent: multiply that rate (1 where it is None) by learning_rate to this power.
+      global_norm_clip_threshold: gradients are first scaled to this global norm where theirs is larger.
+      max_parameter_scale: the upper limit of RMS(p) above.
     """
 
     decay_rate: float = 0.8
@@ -67,6 +75,11 @@ class Adafactor:
     min_dim_size_to_factor: int = 128
     epsilon1: float = 1e-30
     epsilon2: float = 1e-3
+    beta1: float | None = None
+    weight_decay_rate: float | None = None
+    weight_decay_rate_lr_exponent: float | None = None
+    global_norm_clip_threshold: float | None = None
+    max_parameter_scale: float | None = None
 
     def init(self, params: Tree) -> AdafactorState:
         return AdafactorState(jnp.zeros((), jnp.int32), _map_tensors(self._init_tensor, params))
@@ -74,6 +87,8 @@ class Adafactor:
     def update(
         self, grads: Tree, state: AdafactorState, params: Tree, learning_rate: jax.Array
     ) -> tuple[Tree, AdafactorState]:
+        if self.global_norm_clip_threshold:
+            grads = clip_by_global_norm(grads, optax.global_norm(grads), self.global_norm_clip_threshold)
         count = state.updates + 1
         beta = 1.0 - (count - self.step_offset).astype(jnp.float32) ** -self.decay_rate
 
@@ -87,11 +102,13 @@ class Adafactor:
     def state_axes(self, params: Tree, axes: Axes) -> AdafactorState:
         def tensor(path: tuple, p: Any, names: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
             stacked = _is_stacked(path)
+            momentum = {} if self.beta1 is None else {"m": names}
             dims = self._factored_dims(p.shape[stacked:])
             if dims is None:
-                return {"v": names}
+                return {"v": names, **momentum}
             row, column = (dim + stacked for dim in dims)
-            return {"v_row": names[:column] + names[column + 1 :], "v_col": names[:row] + names[row + 1 :]}
+            factors = {"v_row": names[:column] + names[column + 1 :], "v_col": names[:row] + names[row + 1 :]}
+            return {**factors, **momentum}
 
         return AdafactorState((), jax.tree_util.tree_map_with_path(tensor, params, axes))  # type: ignore[arg-type]
 
@@ -104,11 +121,12 @@ class Adafactor:
 
     def _init_tensor(self, p: jax.Array) -> dict[str, jax.Array]:
         dims = self._factored_dims(p.shape)
-        if dims is None:
-            return {"v": jnp.zeros(p.shape, jnp.float32)}
-        row, column = dims
         zeros = jnp.zeros(p.shape, jnp.float32)
-        return {"v_row": zeros.mean(column), "v_col": zeros.mean(row)}
+        momentum = {} if self.beta1 is None else {"m": zeros}
+        if dims is None:
+            return {"v": zeros, **momentum}
+        row, column = dims
+        return {"v_row": zeros.mean(column), "v_col": zeros.mean(row), **momentum}
 
     def _update_tensor(
         self, p: jax.Array, g: jax.Array, moments: dict[str, jax.Array], beta: jax.Array, learning_rate: jax.Array
@@ -116,6 +134,7 @@ class Adafactor:
         g = g.astype(jnp.float32)
         square = jnp.square(g) + self.epsilon1
         dims = self._factored_dims(p.shape)
+        previous = moments.get("m")
         if dims is None:
             v = beta * moments["v"] + (1 - beta) * square
             update, moments = g * jax.lax.rsqrt(v), {"v": v}
@@ -130,7 +149,20 @@ class Adafactor:
         if self.clipping_threshold is not None:
             update = update / jnp.maximum(1.0, _rms(update) / self.clipping_threshold)
         scale = jnp.maximum(_rms(p), self.epsilon2) if self.multiply_by_parameter_scale else 1.0
-        return -learning_rate * scale * update, moments
+        if self.multiply_by_parameter_scale and self.max_parameter_scale is not None:
+            scale = jnp.minimum(scale, self.max_parameter_scale)
+        step = learning_rate * scale * update
+        if self.beta1 is not None and previous is not None:
+            step = self.beta1 * previous + (1 - self.beta1) * step
+            moments["m"] = step
+        if (decay := self._decay(learning_rate)) is not None:
+            step = step + decay * p
+        return -step, moments
+
+    def _decay(self, learning_rate: jax.Array) -> jax.Array | float | None:
+        if not self.weight_decay_rate_lr_exponent:
+            return self.weight_decay_rate
+        return (self.weight_decay_rate or 1.0) * learning_rate**self.weight_decay_rate_lr_exponent
 
 
 @dataclasses.dataclass(frozen=True)
