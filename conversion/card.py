@@ -1,9 +1,9 @@
 """The model card: README.md of an exported model."""
 
+from conversion.stored import StoredModel
 from vikhr_t5 import __version__
-from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.progress import human
-from vikhr_t5.train.checkpoints import SavedModel
 
 _TEMPLATE = """\
 ---
@@ -24,15 +24,15 @@ tags:
 | width, heads, head width, feed-forward | {config.emb_dim}, {config.num_heads}, {config.head_dim}, {config.mlp_dim} |
 | feed-forward | {activations} |
 | output layer | {head} |
-| vocabulary | {vocabulary.size:,} ids, of them {vocabulary.extra_ids} sentinels; padded to {rows:,} rows |
+| vocabulary | {vocabulary.size:,} ids, of them {vocabulary.num_sentinels} sentinels; padded to {rows:,} rows |
 
 ## Use
 
 ```python
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = T5ForConditionalGeneration.from_pretrained("{name}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{name}")
 inputs = tokenizer("Москва — столица <extra_id_0>.", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```
@@ -50,7 +50,7 @@ _UNTIED = """\
 """
 
 
-def text(model: SavedModel, vocabulary: Vocabulary, dtype: str, name: str) -> str:
+def text(model: StoredModel, vocabulary: AnyVocabulary, dtype: str, name: str) -> str:
     """README.md, in Markdown with the hub's front matter."""
     config = model.config
     tied = config.logits_via_embedding
@@ -67,7 +67,7 @@ def text(model: SavedModel, vocabulary: Vocabulary, dtype: str, name: str) -> st
         head="the embedding, scaled" if tied else "its own",
         vocabulary=vocabulary,
         rows=config.known_vocab_size(),
-        last=vocabulary.extra_ids - 1,
+        last=vocabulary.num_sentinels - 1,
         first_sentinel=vocabulary.first_sentinel,
         untied="" if tied else _UNTIED,
         modes=f"\n- Mode tokens, the first id of an input: {modes}." if modes else "",

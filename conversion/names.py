@@ -11,14 +11,14 @@ D model, V vocabulary, H heads, K head dim, F feed-forward, L layers.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from conversion.stored import StoredModel, shapes
 from vikhr_t5.errors import UserError
 from vikhr_t5.model.config import T5Config
-from vikhr_t5.model.parameters import abstract_params, mlp_inputs
+from vikhr_t5.model.parameters import mlp_inputs
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,26 @@ class Parameter:
     @property
     def per_layer(self) -> bool:
         return "{layer}" in self.t5x
+
+    @property
+    def t5x_scanned(self) -> str:
+        """Path in t5x's scanned tree, where one array holds all layers of a stack: "encoder/encoder/..."."""
+        return self.t5x.replace("layers_{layer}", self.t5x.split("/")[0])
+
+    def t5x_axes(self, scanned: bool = False, split_heads: bool = False) -> str:
+        """A letter for each axis of t5x's array; J is H*K in one, B the 32 buckets of the relative bias.
+
+        The axes of a layer of ours, unless one of these is set: scanned, L stands at 1; split_heads, J is HK.
+        """
+        *_, parent, leaf = self.t5x.split("/")
+        if leaf == "kernel":
+            axes = {"out": "JD", "wo": "FD", "query": "DJ", "key": "DJ", "value": "DJ", "logits_dense": "DV"}
+            letters = axes.get(parent, "DF")
+        else:
+            letters = {"embedding": "VD", "rel_embedding": "HB", "scale": "D"}[leaf]
+        if split_heads:
+            letters = letters.replace("J", "HK")
+        return letters[0] + "L" + letters[1:] if scanned and self.per_layer else letters
 
 
 class Array(NamedTuple):
@@ -98,9 +118,9 @@ def _stack(config: T5Config, stack: str, attentions: list[tuple[str, str, str]])
 
 def arrays(config: T5Config) -> Iterator[Array]:
     """Hugging Face's arrays of a model, in the order of the table, each layer's on its own."""
-    shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(abstract_params(config)).items()}
+    whole = shapes(config)
     for row in table(config):
-        shape = shapes[row.ours]
+        shape = whole[row.ours]
         layers: Iterable[int | None] = range(shape[0]) if row.per_layer else [None]
         one = shape[1:] if row.per_layer else shape
         for layer in layers:
@@ -108,37 +128,11 @@ def arrays(config: T5Config) -> Iterator[Array]:
             yield Array(name, row.ours, layer, row.transpose, one[::-1] if row.transpose else one)
 
 
-def to_huggingface(params: Mapping[str, Any], config: T5Config) -> Iterator[tuple[str, np.ndarray]]:
-    """Our tree -> (name, array) one after the other, as views where it can be.
-
-    Raises:
-        UserError: the tree lacks a parameter of this configuration, has another one, or one of another shape.
-    """
-    flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
-    wanted = {"/".join(path): leaf.shape for path, leaf in flatten_dict(abstract_params(config)).items()}
-    account({name: np.shape(leaf) for name, leaf in flat.items()}, wanted, "the checkpoint")
-    for array in arrays(config):
-        value = np.asarray(flat[array.ours] if array.layer is None else flat[array.ours][array.layer])
+def to_huggingface(model: StoredModel) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of Hugging Face's state dict one after the other, as views of what the model reads."""
+    for array in arrays(model.config):
+        value = model.read(array.ours, array.layer)
         yield array.name, value.T if array.transpose else value
-
-
-def from_huggingface(state: Mapping[str, np.ndarray], config: T5Config) -> dict[str, Any]:
-    """The inverse of `to_huggingface`: a state dict of NumPy arrays -> our tree.
-
-    Raises:
-        UserError: as `to_huggingface`.
-    """
-    wanted = {array.name: array.shape for array in arrays(config)}
-    account({name: np.shape(value) for name, value in state.items()}, wanted, "the Hugging Face model")
-    flat: dict[str, Any] = {}
-    for array in arrays(config):
-        value = state[array.name].T if array.transpose else state[array.name]
-        if array.layer is None:
-            flat[array.ours] = np.asarray(value)
-        else:
-            flat.setdefault(array.ours, []).append(value)
-    stacked = {path: np.stack(value) if isinstance(value, list) else value for path, value in flat.items()}
-    return unflatten_dict({tuple(path.split("/")): value for path, value in stacked.items()})
 
 
 def account(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -155,35 +149,3 @@ def account(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int
     told = [f"{len(names)} {problem}: {', '.join(names)}" for problem, names in problems.items() if names]
     if told:
         raise UserError(f"{where} does not hold this model's parameters; {'; '.join(told)}; check its configuration")
-
-
-def check_expressible(config: T5Config) -> None:
-    """Refuses a model that Hugging Face's T5 cannot express, with the reason and the way out."""
-    if config.relative_bias_per_layer:
-        raise UserError(
-            "relative_bias_per_layer: every layer has its own relative-position bias, and Hugging Face's T5 shares one"
-            " per stack; such a model is a UMT5, which is not exported yet: train with relative_bias_per_layer=False"
-        )
-    feed_forward(config)
-
-
-def feed_forward(config: T5Config) -> str:
-    """Hugging Face's `feed_forward_proj` for our `mlp_activations`; UserError where it has none."""
-    # Gated GELU is the tanh approximation by Hugging Face's own exception; elsewhere that is called gelu_new.
-    theirs = {
-        ("relu",): "relu",
-        ("gelu",): "gelu_new",
-        ("silu",): "silu",
-        ("swish",): "silu",
-        ("gelu", "linear"): "gated-gelu",
-        ("relu", "linear"): "gated-relu",
-        ("silu", "linear"): "gated-silu",
-        ("swish", "linear"): "gated-silu",
-    }
-    try:
-        return theirs[tuple(config.mlp_activations)]
-    except KeyError:
-        raise UserError(
-            f"mlp_activations {tuple(config.mlp_activations)}: Hugging Face's T5 has one activation, alone or gating a"
-            " linear branch, such as ('relu',) or ('gelu', 'linear')"
-        ) from None

@@ -3,12 +3,22 @@
 Reading is by array, so that converting a model takes the memory of its largest array.
 """
 
-from typing import Protocol
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
+import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vikhr_t5.data.vocabulary import Vocabulary
+from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.model.config import T5Config
+from vikhr_t5.model.parameters import abstract_params
+
+Item = TypeVar("Item")
+_ROWS, _COLUMNS, _BLOCK_BYTES = 256, 64, 2**25
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class StoredModel(Protocol):
@@ -24,7 +34,7 @@ class StoredModel(Protocol):
 
     config: T5Config
     step: int
-    vocabulary: Vocabulary | None
+    vocabulary: AnyVocabulary | None
     dtype: str
     updates: int | None
 
@@ -33,3 +43,90 @@ class StoredModel(Protocol):
 
     def read_moments(self, name: str, layer: int | None = None) -> dict[str, np.ndarray]:
         """Adafactor's {"v"} or {"v_row", "v_col"} of the same, as `optimizers.Adafactor` keeps them, float32."""
+
+
+class MemoryModel:
+    """A parameter tree of ours as a stored model; it has no optimizer."""
+
+    updates: int | None = None
+
+    def __init__(
+        self, params: Mapping[str, Any], config: T5Config, vocabulary: AnyVocabulary | None = None, step: int = 0
+    ):
+        self.params = params
+        self._flat = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(dict(params)).items()}
+        self.config, self.vocabulary, self.step = config, vocabulary, step
+        self.dtype = next(iter(self._flat.values())).dtype.name
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        return self._flat[name] if layer is None else self._flat[name][layer]
+
+    def read_moments(self, name: str, layer: int | None = None) -> dict[str, np.ndarray]:
+        raise ValueError("no optimizer state")
+
+
+class SampledLayers:
+    """A model of some layers of another's: small enough to compute with, and made of the same arrays."""
+
+    updates: int | None = None
+
+    def __init__(self, model: StoredModel, encoder: Sequence[int], decoder: Sequence[int]):
+        self._model, self._layers = model, {"encoder": encoder, "decoder": decoder}
+        self.config = dataclasses.replace(
+            model.config, num_encoder_layers=len(encoder), num_decoder_layers=len(decoder)
+        )
+        self.step, self.vocabulary, self.dtype = model.step, model.vocabulary, model.dtype
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        return self._model.read(name, None if layer is None else self._layers[name.split("/")[0]][layer])
+
+    def read_moments(self, name: str, layer: int | None = None) -> dict[str, np.ndarray]:
+        raise ValueError("no optimizer state")
+
+
+def shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of our tree, layers stacked."""
+    return {"/".join(path): leaf.shape for path, leaf in flatten_dict(abstract_params(config)).items()}
+
+
+def arrays(config: T5Config) -> Iterator[tuple[str, int | None]]:
+    """(name, layer) of everything that `StoredModel.read` gives of a model, in the order of our tree."""
+    for name, shape in shapes(config).items():
+        yield from ((name, layer) for layer in range(shape[0])) if "/layers/" in name else [(name, None)]
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; the next one is made by a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = thread.submit(next, items, None)
+            yield item
+            del item
+
+
+def blocks(value: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """`value` in C order and in `dtype`, some rows at a time; a transposed one is copied in tiles that fit a cache."""
+    if value.ndim < 2 or value.flags.c_contiguous:
+        yield np.ascontiguousarray(value, dtype)
+        return
+    rows = max(_ROWS, _BLOCK_BYTES // (value.shape[1] * dtype.itemsize))
+    for start in range(0, len(value), rows):
+        part = value[start : start + rows]
+        block = np.empty(part.shape, dtype)
+        for i in range(0, part.shape[0], _ROWS):
+            for j in range(0, part.shape[1], _COLUMNS):
+                block[i : i + _ROWS, j : j + _COLUMNS] = part[i : i + _ROWS, j : j + _COLUMNS]
+        yield block
+
+
+def load(model: StoredModel, dtype: str = "float32") -> dict[str, Any]:
+    """Our parameter tree in memory, rounded to `dtype`, in float32."""
+    tree = {}
+    for name, shape in shapes(model.config).items():
+        whole = np.empty(shape, np.float32)
+        layers: Any = range(shape[0]) if "/layers/" in name else [None]
+        for layer in layers:
+            whole[... if layer is None else layer] = model.read(name, layer).astype(DTYPES[dtype])
+        tree[tuple(name.split("/"))] = whole
+    return unflatten_dict(tree)

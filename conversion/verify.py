@@ -6,6 +6,7 @@ B batch, S source length, T target length, V vocabulary.
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from conversion.safetensors import DTYPES
-from vikhr_t5.data.vocabulary import Vocabulary
+from conversion import huggingface
+from conversion.stored import DTYPES, SampledLayers, StoredModel, arrays, load
+from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError
 from vikhr_t5.model import decoding, network
 from vikhr_t5.model.config import T5Config
-from vikhr_t5.train.checkpoints import SavedModel
 
 LINES = (
     "Съешь же ещё этих мягких французских булок, да выпей чаю.",
@@ -38,6 +39,7 @@ LINES = (
 # In float32: of a logit, and beside it what rounding adds where logits are large. Where a model amplifies rounding more
 # than that, the measure is how far transformers in float32 is from itself in float64.
 ABSOLUTE, RELATIVE, ROUNDINGS = 1e-4, 1e-5, 4
+SAMPLED_ABOVE = 500_000_000  # parameters: above, three layers of either stack stand for all
 _LONGEST, _GENERATED = 192, 24  # tokens of a text, and at least as many generated ones
 
 
@@ -65,17 +67,20 @@ class Measured(NamedTuple):
 
 
 def verify(
-    model: SavedModel,
+    model: StoredModel,
     folder: str | os.PathLike[str],
     lines: Sequence[str] | None = None,
     pairs: Sequence[tuple[str, str]] = (),
     console: Console | None = None,
 ) -> bool:
-    """Compares, prints a table, and says whether all is equal. Deletes nothing.
+    """Compares a model of ours with a Hugging Face folder, prints a table, and says whether all is equal.
+
+    Deletes nothing. Of a model with more than SAMPLED_ABOVE parameters, the first, the middle and the last layer of
+    either stack make a smaller model on both sides, and that is compared.
 
     Args:
-        model: as `huggingface.export` returned it, or `checkpoints.read_params` of the same source.
-        folder: the exported model.
+        model: what was converted from the folder, or to it; has a vocabulary.
+        folder: config.json, weights and a tokenizer.
         lines: texts to compare on, with a blank in the middle of each; eight sentences where None.
         pairs: (input, target) to compare on, too; what either side answers is printed (see `held_out`).
         console: where the table goes; standard output where None.
@@ -83,7 +88,40 @@ def verify(
     Raises:
         UserError: transformers or torch is not installed, or a file of `folder` cannot be loaded.
     """
-    measured = measure(model, folder, lines or LINES, pairs)
+    console = console or Console()
+    if model.config.param_count() <= SAMPLED_ABOVE:
+        return _verify(model, folder, lines or LINES, pairs, console)
+    layers = [sampled(depth) for depth in (model.config.num_encoder_layers, model.config.num_decoder_layers)]
+    console.print(f"a large model: encoder layers {layers[0]} and decoder layers {layers[1]} are compared")
+    with tempfile.TemporaryDirectory() as temporary:
+        part = Path(temporary) / "sample"
+        theirs = huggingface.HuggingFaceModel(folder, model.vocabulary)
+        huggingface.write(SampledLayers(theirs, *layers), part, theirs.dtype, 10**10, "sample")
+        return _verify(SampledLayers(model, *layers), part, lines or LINES, (), console)
+
+
+def sampled(depth: int) -> list[int]:
+    """The first, the middle and the last of `depth` layers."""
+    return sorted({0, depth // 2, depth - 1})
+
+
+def same_arrays(one: StoredModel, other: StoredModel) -> bool:
+    """Are two models equal to the bit, up to the rounding of the one with fewer bits? Reads every array of both."""
+    coarse = DTYPES["bfloat16" if "bfloat16" in (one.dtype, other.dtype) else "float32"]
+    return all(
+        np.array_equal(one.read(*array).astype(coarse), other.read(*array).astype(coarse))
+        for array in arrays(one.config)
+    )
+
+
+def _verify(
+    model: StoredModel,
+    folder: str | os.PathLike[str],
+    lines: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    console: Console,
+) -> bool:
+    measured = measure(model, folder, lines, pairs)
     checks = measured.checks()
     table = Table(title=f"{folder} beside the checkpoint, {measured.lines} texts, float32")
     for column in ("", "vikhr-t5", "transformers", "difference", "allowed", ""):
@@ -97,7 +135,6 @@ def verify(
     }
     for name, good in checks.items():
         table.add_row(name, *cells[name], "[green]ok[/]" if good else "[bold red]differs[/]")
-    console = console or Console()
     console.print(table)
     if measured.answers:
         answers = Table("held-out input", "vikhr-t5", "transformers", title="Greedy answers", show_lines=True)
@@ -121,15 +158,15 @@ def held_out(source: str | os.PathLike[str], most: int = 8) -> list[tuple[str, s
 
 
 def measure(
-    model: SavedModel, folder: str | os.PathLike[str], lines: Sequence[str], pairs: Sequence[tuple[str, str]] = ()
+    model: StoredModel, folder: str | os.PathLike[str], lines: Sequence[str], pairs: Sequence[tuple[str, str]] = ()
 ) -> Measured:
     """The comparison itself. Our weights are rounded to the folder's dtype first, and both sides compute in float32."""
     texts = [*lines, *(text for text, _ in pairs)]
     tokenizer, theirs = _load(folder)
-    stored = DTYPES[str(theirs.config.dtype_of_files)][1]
-    params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(stored).astype(np.float32), model.params)
+    params = load(model, theirs.config.dtype_of_files)
     config = dataclasses.replace(model.config, dtype="float32", dropout_rate=0.0, remat_policy="none")
-    vocabulary = Vocabulary(os.fspath(model.vocabulary_file), model.extra_ids)
+    vocabulary = model.vocabulary
+    assert vocabulary is not None
     encoded = [vocabulary.encode(text) for text in texts]
     tokenized = tokenizer(texts).input_ids
     asked = [(vocabulary.encode(text), vocabulary.encode(target)) for text, target in pairs]
@@ -168,11 +205,11 @@ def measure(
 
 
 def _examples(
-    encoded: Sequence[list[int]], pairs: Sequence[tuple[list[int], list[int]]], vocabulary: Vocabulary
+    encoded: Sequence[list[int]], pairs: Sequence[tuple[list[int], list[int]]], vocabulary: AnyVocabulary
 ) -> tuple[np.ndarray, np.ndarray]:
     """The middle third of each text as a blank to fill, then the pairs: int32 inputs [B, S] and targets [B, T]. All end
     in EOS."""
-    blank = [vocabulary.sentinel(0)] if vocabulary.extra_ids else []
+    blank = [vocabulary.sentinel(0)] if vocabulary.num_sentinels else []
     inputs, targets = [], []
     for ids in encoded:
         ids = ids[:_LONGEST]
@@ -231,8 +268,8 @@ def _load(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        config.dtype_of_files = str(config.dtype).removeprefix("torch.")
-        model = transformers.T5ForConditionalGeneration.from_pretrained(
+        config.dtype_of_files = str(config.dtype or torch.float32).removeprefix("torch.")
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True
         )
     except (OSError, ValueError) as error:
@@ -241,15 +278,23 @@ def _load(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
 
 
 def _their_logits(model: Any, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """[B, S], [B, T] -> [B, T, V] in the model's type."""
+    """[B, S], [B, T] -> [B, T, V] in the model's type.
+
+    transformers 5.x multiplies the decoder's output of every umT5 by D**-0.5, which 4.x does where the output layer is
+    the embedding. Google's umT5 has its own, and so have ours: that is undone here.
+    """
     import torch
 
     with torch.inference_mode():
-        return model(
+        logits = model(
             input_ids=torch.tensor(inputs, dtype=torch.long),
             attention_mask=torch.tensor(inputs > 0),
             decoder_input_ids=torch.tensor(_shifted(targets), dtype=torch.long),
-        ).logits.numpy()
+        ).logits
+    own_head = model.lm_head.weight.data_ptr() != model.shared.weight.data_ptr()
+    if model.config.model_type == "umt5" and model.config.tie_word_embeddings and own_head:
+        logits = logits * model.config.d_model**0.5
+    return logits.numpy()
 
 
 def _generate(model: Any, inputs: np.ndarray, length: int) -> np.ndarray:

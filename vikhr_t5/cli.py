@@ -5,12 +5,15 @@ Exit status: 0 done; 2 bad input, one line that says what, where and what to do;
 """
 
 import argparse
+import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vikhr_t5 import __version__
 from vikhr_t5.errors import UserError, nearest
@@ -36,19 +39,33 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vikhr-t5 {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
 
-    train = _command(
+    train = _gin_command(
         commands,
         "train",
         _train,
         "train a model from gin files",
         "vikhr-t5 train --gin_file=recipes/demo.gin --gin.MODEL_DIR=runs/demo --gin.VOCABULARY_FILE=runs/spiece.model",
-        "--gin.NAME=VALUE, repeated, sets a macro (TRAIN_STEPS) or a binding (step.Trainer.num_microbatches),\n"
-        "over the files. Values are Python's, as in t5x: --gin.MIXTURE_OR_TASK_NAME=\"'demo_ul2'\".\n"
-        "Only a path may stand without the inner quotes: --gin.MODEL_DIR=runs/demo, --gin.MODEL_DIR=/data/run.",
     )
-    train.add_argument("--gin_file", action="append", required=True, metavar="F", help="a gin file; repeat for more")
-    train.add_argument("--gin_search_paths", action="append", default=[], metavar="A,B", help="folders of gin files")
     train.add_argument("--dry_run", action="store_true", help="resolve all, print model, data, mesh, memory, and stop")
+    _gin_command(
+        commands,
+        "eval",
+        _eval,
+        "evaluate a checkpoint on a seqio task",
+        "vikhr-t5 eval --gin_file=models/demo.gin --gin_file=runs/eval.gin --gin.CHECKPOINT_PATH=runs/demo/instruct "
+        "--gin.EVAL_OUTPUT_DIR=runs/demo/eval --gin.MIXTURE_OR_TASK_NAME=\"'demo_instructions'\" "
+        "--gin.MIXTURE_OR_TASK_MODULE=\"'tasks.demo'\"",
+    )
+    infer = _gin_command(
+        commands,
+        "infer",
+        _infer,
+        "write a model's predictions for a seqio task",
+        "vikhr-t5 infer --gin_file=models/demo.gin --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=runs/demo/instruct "
+        "--gin.INFER_OUTPUT_DIR=runs/demo/answers --gin.MIXTURE_OR_TASK_NAME=\"'demo_instructions'\" "
+        "--gin.MIXTURE_OR_TASK_MODULE=\"'tasks.demo'\" --gin.TASK_FEATURE_LENGTHS=\"{'inputs':256,'targets':160}\"",
+    )
+    infer.add_argument("--shard_id", type=int, metavar="N", help="the same as --gin.infer.shard_id")
 
     cache = _command(
         commands,
@@ -79,16 +96,23 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "convert",
         _convert,
-        "convert a trained model to Hugging Face",
-        "vikhr-t5 convert --from vikhr --to hf runs/demo/instruct runs/demo/hf --verify",
+        "convert a model between vikhr-t5, t5x and Hugging Face",
+        "vikhr-t5 convert --from vikhr --to hf runs/demo/instruct runs/demo/hf",
     )
-    convert.add_argument("source", metavar="SRC", help="a run folder, or one of its checkpoints")
+    convert.add_argument("source", metavar="SRC", help="a run folder, a checkpoint's folder or a model's folder")
     convert.add_argument("destination", metavar="DST", help="the folder to write")
-    convert.add_argument("--from", dest="from_format", choices=["vikhr"], required=True)
-    convert.add_argument("--to", dest="to_format", choices=["hf"], required=True)
-    convert.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
-    convert.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
-    convert.add_argument("--verify", action="store_true", help="compare logits and tokens with transformers")
+    convert.add_argument("--from", dest="from_format", choices=["hf", "t5x", "vikhr"], required=True)
+    convert.add_argument("--to", dest="to_format", choices=["hf", "t5x", "vikhr"], required=True)
+    convert.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the parameters (default: as in SRC)")
+    convert.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file of hf (default 5GB)")
+    convert.add_argument("--scanned", action="store_true", help="t5x: the layout of examples/scalable_t5")
+    convert.add_argument("--vocabulary", metavar="F", help="where SRC has none, as t5x's: a .model file, or 'bytes'")
+    convert.add_argument("--extra_ids", type=int, default=100, metavar="N", help="its sentinels (default 100)")
+    convert.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="compare with transformers, or array by array (default: yes; of a large model, some layers)",
+    )
 
     report = _command(
         commands,
@@ -118,6 +142,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _gin_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """A command that gin files configure. The flags are t5x's."""
+    parser = _command(
+        commands,
+        name,
+        run,
+        summary,
+        example,
+        "--gin.NAME=VALUE, repeated, sets a macro (TRAIN_STEPS) or a binding (step.Trainer.num_microbatches),\n"
+        "over the files. Values are Python's, as in t5x: --gin.MIXTURE_OR_TASK_NAME=\"'demo_ul2'\".\n"
+        "Only a path may stand without the inner quotes: --gin.MODEL_DIR=runs/demo, --gin.MODEL_DIR=/data/run.",
+    )
+    parser.add_argument("--gin_file", action="append", required=True, metavar="F", help="a gin file; repeat for more")
+    parser.add_argument("--gin_search_paths", action="append", default=[], metavar="A,B", help="folders of gin files")
+    parser.add_argument("--tfds_data_dir", metavar="D", help="where TensorFlow Datasets are, for caching tasks")
+    for ours_anyway in ("--alsologtostderr", "--logtostderr"):  # what absl's users write
+        parser.add_argument(ours_anyway, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--seqio_additional_cache_dirs", help=argparse.SUPPRESS)
+    return parser
+
+
 def _command(
     commands: argparse._SubParsersAction,
     name: str,
@@ -144,24 +195,74 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--module", default="tasks.demo", metavar="M", help="what registers it (default tasks.demo)")
     parser.add_argument("--cache_dir", default="cache", metavar="D", help="where token stores lie (default ./cache)")
     vocabulary = os.environ.get("VIKHR_T5_VOCABULARY")
-    parser.add_argument("--vocabulary", default=vocabulary, metavar="F", help="default: $VIKHR_T5_VOCABULARY")
-    parser.add_argument("--extra_ids", type=int, default=300, metavar="N", help="sentinels (default 300)")
+    parser.add_argument("--vocabulary", default=vocabulary, metavar="F", help="or bytes; default: $VIKHR_T5_VOCABULARY")
+    parser.add_argument("--extra_ids", type=int, metavar="N", help="sentinels (default 300; of bytes 0, as in ByT5)")
+
+
+def _launch(flags: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of `function`, as the gin files and flags have them."""
+    from vikhr_t5 import launch
+
+    if flags.seqio_additional_cache_dirs:
+        raise UserError(
+            "--seqio_additional_cache_dirs: seqio's caches are not read, tasks are cached as token stores once; say"
+            " where with --gin.CACHE_DIR (with t5x's run files --gin.DatasetConfig.cache_dir)"
+        )
+    if flags.tfds_data_dir:
+        os.environ["TFDS_DATA_DIR"] = os.path.expanduser(flags.tfds_data_dir)
+    launch.load(flags.gin_file, flags.bindings, [p for group in flags.gin_search_paths for p in group.split(",") if p])
+    arguments = launch.arguments(function, supplied=["config_text"])
+    if idle := launch.idle():
+        print(f"bound, and used by nothing here: {', '.join(idle)}", file=sys.stderr)
+    return {**arguments, "config_text": launch.config_text()}
+
+
+def _readable(restore: Any, folder: str, model: Any) -> Any:
+    """A `RestoreCheckpointConfig` of our own format: a checkpoint of t5x or Hugging Face is converted into `folder`."""
+    if not restore or not restore.path:
+        return restore
+    require_own("conversion")
+    from conversion import convert
+    from vikhr_t5.remote import local_copy
+
+    source = local_copy(restore.path, "or give a local copy")
+    return dataclasses.replace(restore, path=convert.initial_checkpoint(source, folder, model.config, model.vocabulary))
 
 
 def _train(flags: argparse.Namespace) -> None:
-    from vikhr_t5 import launch
-
-    paths = [path for group in flags.gin_search_paths for path in group.split(",") if path]
-    launch.load(flags.gin_file, flags.bindings, paths)
     from vikhr_t5.train import loop
 
-    arguments = launch.arguments(loop.train, supplied=["config_text"])
+    arguments = _launch(flags, loop.train)
     if flags.dry_run:
         from vikhr_t5 import dry_run
 
         dry_run.show(arguments)
-    else:
-        loop.train(**arguments, config_text=launch.config_text())
+        return
+    checkpoint_cfg = arguments["checkpoint_cfg"]
+    restore = _readable(checkpoint_cfg.restore, arguments["model_dir"], arguments["model"])
+    arguments["checkpoint_cfg"] = dataclasses.replace(checkpoint_cfg, restore=restore)
+    loop.train(**arguments)
+
+
+def _eval(flags: argparse.Namespace) -> None:
+    from vikhr_t5 import eval as eval_script
+
+    _run_on_checkpoint(flags, eval_script.evaluate)
+
+
+def _infer(flags: argparse.Namespace) -> None:
+    from vikhr_t5 import infer as infer_script
+
+    if flags.shard_id is not None:
+        flags.bindings.append(f"infer.shard_id={flags.shard_id}")
+    _run_on_checkpoint(flags, infer_script.infer)
+
+
+def _run_on_checkpoint(flags: argparse.Namespace, function: Callable[..., Any]) -> None:
+    arguments = _launch(flags, function)
+    restore = arguments["restore_checkpoint_cfg"]
+    arguments["restore_checkpoint_cfg"] = _readable(restore, arguments["output_dir"], arguments["model"])
+    function(**arguments)
 
 
 def _cache(flags: argparse.Namespace) -> None:
@@ -194,26 +295,36 @@ def _preview(flags: argparse.Namespace) -> None:
         cache_dir=flags.cache_dir,
         denoisers=flags.denoisers,
     )
-    preview.preview(config, vocabulary.Vocabulary(_given_vocabulary(flags), flags.extra_ids), flags.n, Console())
+    preview.preview(config, vocabulary.open_vocabulary(_given_vocabulary(flags), flags.extra_ids), flags.n, Console())
 
 
 def _given_vocabulary(flags: argparse.Namespace) -> str:
     if not flags.vocabulary:
-        raise UserError("no vocabulary: give --vocabulary=spiece.model, or set VIKHR_T5_VOCABULARY")
+        raise UserError("no vocabulary: give --vocabulary=spiece.model (or bytes), or set VIKHR_T5_VOCABULARY")
     return flags.vocabulary
 
 
 def _convert(flags: argparse.Namespace) -> int:
     require_own("conversion")
-    from conversion import huggingface
+    from conversion import convert
 
-    model = huggingface.export(flags.source, flags.destination, dtype=flags.dtype, max_shard_size=flags.max_shard_size)
+    vocabulary = None
+    if flags.vocabulary:
+        from vikhr_t5.data.vocabulary import open_vocabulary
+
+        vocabulary = open_vocabulary(flags.vocabulary, flags.extra_ids)
+    model = convert.open_model(flags.source, flags.from_format, vocabulary)
+    convert.write_model(
+        model, flags.destination, flags.to_format, flags.dtype, flags.max_shard_size, scanned=flags.scanned
+    )
     print(f"written: {flags.destination}")
-    if not flags.verify:
+    if flags.verify is None and "hf" in (flags.from_format, flags.to_format) and not find_spec("transformers"):
+        print("not verified: transformers is not installed (pip install 'vikhr-t5[hf]')")
         return 0
-    from conversion import verify
-
-    return 0 if verify.verify(model, flags.destination, pairs=verify.held_out(flags.source)) else 1
+    if flags.verify is False:
+        return 0
+    same = convert.verify(model, flags.source, flags.from_format, flags.destination, flags.to_format)
+    return 0 if same else 1
 
 
 def _report(flags: argparse.Namespace) -> None:
@@ -257,13 +368,16 @@ def _use_huge_pages() -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Flags of a command line; `--gin.NAME=VALUE` of `train` go to `bindings`, in their order.
+    """Flags of a command line; `--gin.NAME=VALUE` of a gin command go to `bindings`, in their order.
 
     Raises:
         UserError: an unknown command or flag, or a flag without its value.
     """
-    flags, rest = build_parser().parse_known_args(argv)
-    flags.bindings = [a.removeprefix("--gin.") for a in rest if a.startswith("--gin.")] if flags.run is _train else []
+    # t5x's other spelling: --gin_bindings="NAME = VALUE".
+    joined = re.sub(r"(^|\0)--gin_bindings[=\0]\s*([\w./]+)\s*=\s*", r"\1--gin.\2=", "\0".join(argv))
+    flags, rest = build_parser().parse_known_args(joined.split("\0") if argv else [])
+    takes_gin = flags.run in (_train, _eval, _infer)
+    flags.bindings = [a.removeprefix("--gin.") for a in rest if a.startswith("--gin.")] if takes_gin else []
     unknown = [a for a in rest if not (flags.bindings and a.startswith("--gin."))]
     if unknown:
         known = [option for action in flags.parser._actions for option in action.option_strings]
@@ -279,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.append(os.getcwd())  # last: modules of tasks beside the user's gin files are found, ours stay first
     try:
         flags = parse(arguments)
-        if argv is None and flags.run is _train:
+        if argv is None and flags.run in (_train, _eval, _infer):
             _use_huge_pages()
         return flags.run(flags) or 0
     except KeyboardInterrupt:

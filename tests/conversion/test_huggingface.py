@@ -13,12 +13,13 @@ import transformers
 from rich.console import Console
 from safetensors import safe_open
 
-from conversion import huggingface, names, safetensors, verify
+from conversion import convert, huggingface_config, names, safetensors, verify
+from conversion.huggingface import HuggingFaceModel
+from conversion.stored import MemoryModel
 from vikhr_t5.data.vocabulary import Vocabulary
 from vikhr_t5.errors import UserError
-from vikhr_t5.train.checkpoints import SavedModel
 
-Make = Callable[..., SavedModel]
+Make = Callable[..., MemoryModel]
 LINES = verify.LINES[:4]
 PAIRS = [("Переведи на английский: файл", "file")]
 FILES = {
@@ -42,13 +43,15 @@ FILES = {
         ("v1.1", "float32", {"mlp_activations": ("silu", "linear"), "num_encoder_layers": 3, "num_decoder_layers": 1}),
         ("v1.0", "float32", {"mlp_activations": ("gelu",), "logits_via_embedding": False}),
         ("v1.1", "float32", {"logits_via_embedding": True}),
+        ("umT5", "float32", {}),
+        ("umT5", "bfloat16", {"logits_via_embedding": True, "num_heads": 5}),
     ],
 )
 def test_transformers_computes_the_same(
     make_model: Make, tmp_path: Path, variant: str, dtype: str, fields: dict
 ) -> None:
     model = make_model(variant, **fields)
-    huggingface.write_model(model, tmp_path / "out", dtype, 10**9)
+    convert.write_model(model, tmp_path / "out", "hf", dtype)
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     measured = verify.measure(model, tmp_path / "out", LINES)
     assert measured.logit_difference <= 1e-4
@@ -58,7 +61,7 @@ def test_transformers_computes_the_same(
 
 def test_verification_finds_a_wrong_weight(make_model: Make, tmp_path: Path) -> None:
     model = make_model("v1.1")
-    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
+    convert.write_model(model, tmp_path / "out", "hf", "float32")
     model.params["decoder"]["layers"]["self_attention"]["key"]["kernel"][1, 3, 5] += 0.05
     with open(os.devnull, "w") as sink:
         assert not verify.verify(model, tmp_path / "out", console=Console(file=sink))
@@ -78,7 +81,7 @@ def test_a_run_gives_its_last_samples_without_sentinels(tmp_path: Path) -> None:
 
 def test_verification_prints_a_table(make_model: Make, tmp_path: Path) -> None:
     model = make_model("v1.0")
-    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
+    convert.write_model(model, tmp_path / "out", "hf", "float32")
     console = Console(record=True, width=120)
     assert verify.verify(model, tmp_path / "out", LINES, PAIRS, console)
     text = console.export_text()
@@ -91,7 +94,7 @@ def test_rows_past_the_vocabulary_are_never_generated(make_model: Make, unigram:
     rows = unigram.padded_size
     assert rows > unigram.size
     model.params["decoder"]["logits_dense"]["kernel"][:, unigram.size :] *= 50
-    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
+    convert.write_model(model, tmp_path / "out", "hf", "float32")
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
     generated = theirs.generate(torch.tensor([[5, 6, 7, 1]]), max_new_tokens=20, do_sample=False)
     assert generated.max() < unigram.size
@@ -100,12 +103,12 @@ def test_rows_past_the_vocabulary_are_never_generated(make_model: Make, unigram:
 
 def test_shards_hold_every_array_and_their_index(make_model: Make, tmp_path: Path) -> None:
     model = make_model("v1.1")
-    huggingface.write_model(model, tmp_path / "one", "float32", 10**9)
-    huggingface.write_model(model, tmp_path / "many", "float32", 100_000)
+    convert.write_model(model, tmp_path / "one", "hf", "float32")
+    convert.write_model(model, tmp_path / "many", "hf", max_shard_size=100_000)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * model.config.param_count()
     assert len(set(index["weight_map"].values())) > 3
-    expected = dict(names.to_huggingface(model.params, model.config))
+    expected = dict(names.to_huggingface(model))
     assert set(index["weight_map"]) == set(expected)
     with safe_open(tmp_path / "one" / "model.safetensors", "numpy") as whole:
         assert set(whole.keys()) == set(expected)
@@ -120,66 +123,74 @@ def test_shards_hold_every_array_and_their_index(make_model: Make, tmp_path: Pat
 
 def test_bfloat16_is_rounded_to_nearest(make_model: Make, tmp_path: Path) -> None:
     model = make_model("v1.0")
-    huggingface.write_model(model, tmp_path / "out", "bfloat16", 10**9)
+    convert.write_model(model, tmp_path / "out", "hf", "bfloat16")
     stored = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert stored.dtype == torch.bfloat16
     expected = model.params["token_embedder"]["embedding"].astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(stored.shared.weight.detach().float().numpy(), expected)
 
 
-def test_saved_again_by_transformers_it_computes_the_same(make_model: Make, tmp_path: Path) -> None:
-    model = make_model("v1.1")
-    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
-    transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+@pytest.mark.parametrize("variant", ["v1.0", "v1.1", "umT5"])
+def test_saved_again_by_transformers_it_computes_the_same(make_model: Make, tmp_path: Path, variant: str) -> None:
+    model = make_model(variant)
+    convert.write_model(model, tmp_path / "out", "hf")
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     assert all(verify.measure(model, tmp_path / "again", LINES).checks().values())
+    assert verify.same_arrays(model, HuggingFaceModel(tmp_path / "again", model.vocabulary))
 
 
 def test_an_interrupted_export_leaves_nothing(
     make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("v1.1")
-    huggingface.write_model(model, tmp_path / "out", "float32", 10**9)
+    convert.write_model(model, tmp_path / "out", "hf", "float32")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
 
-    first = list(names.to_huggingface(model.params, model.config))[:3]
+    first = list(names.to_huggingface(model))[:3]
 
     def interrupted(*args: object) -> Iterator[tuple[str, np.ndarray]]:
         yield from first
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(huggingface.names, "to_huggingface", interrupted)
+    monkeypatch.setattr(names, "to_huggingface", interrupted)
     for name in ("out", "other"):
         with pytest.raises(KeyboardInterrupt):
-            huggingface.write_model(model, tmp_path / name, "bfloat16", 10**9)
+            convert.write_model(model, tmp_path / name, "hf", "bfloat16")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 def test_a_full_disk_is_said(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(safetensors.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="GB are free"):
-        huggingface.write_model(make_model("v1.0"), tmp_path / "out", "float32", 10**9)
+        convert.write_model(make_model("v1.0"), tmp_path / "out", "hf", "float32")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_refused(make_model: Make, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
-    with pytest.raises(UserError, match="holds no exported model"):
-        huggingface.export(tmp_path / "run", tmp_path / "mine")
-    with pytest.raises(UserError, match="dtype 'float16'"):
-        huggingface.export(tmp_path / "run", tmp_path / "out", dtype="float16")
-    with pytest.raises(UserError, match="max_shard_size 'big'"):
-        huggingface.export(tmp_path / "run", tmp_path / "out", max_shard_size="big")
-    with pytest.raises(UserError, match="no such folder"):
-        huggingface.export(tmp_path / "run", tmp_path / "out")
-    with pytest.raises(UserError, match="UMT5"):
-        huggingface.write_model(make_model("v1.1", relative_bias_per_layer=True), tmp_path / "out", "float32", 10**9)
+    model = make_model("v1.1")
+    for said, arguments in {
+        "holds no converted model": (tmp_path / "mine", "hf"),
+        "dtype 'float16'": (tmp_path / "out", "hf", "float16"),
+        "max_shard_size 'big'": (tmp_path / "out", "hf", None, "big"),
+    }.items():
+        with pytest.raises(UserError, match=said):
+            convert.write_model(model, *arguments)
     with pytest.raises(UserError, match="trained with another vocabulary"):
-        huggingface.write_model(make_model("v1.1", vocab_size=1024), tmp_path / "out", "float32", 10**9)
+        convert.write_model(make_model("v1.1", vocab_size=1024), tmp_path / "out", "hf")
+    with pytest.raises(UserError, match="carries no vocabulary"):
+        convert.write_model(MemoryModel(model.params, model.config), tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("activations", [("gelu", "gelu"), ("linear",), ("linear", "gelu"), ("gelu", *["linear"] * 2)])
+def test_activations_without_a_name_are_refused(make_model: Make, activations: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="mlp_activations"):
+        huggingface_config.feed_forward(make_model("v1.1", mlp_activations=activations).config)
 
 
 @pytest.mark.parametrize(("size", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), (7, 7), ("300", 300)])
@@ -189,7 +200,7 @@ def test_sizes(size: int | str, count: int) -> None:
 
 def test_card_and_configuration(make_model: Make, unigram: Vocabulary, tmp_path: Path) -> None:
     model = make_model("v1.1")
-    huggingface.write_model(model, tmp_path / "my-t5", "float32", 10**9)
+    convert.write_model(model, tmp_path / "my-t5", "hf", "float32")
     card = (tmp_path / "my-t5" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     for said in ("# my-t5", "1,000 steps", "`[NLU]`", f"{unigram.size:,} ids", 'from_pretrained("my-t5")'):

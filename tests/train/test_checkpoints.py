@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from tiny_run import CONFIG, TinyVocabulary, tiny_model
 
+from conversion.stored import load
+from conversion.vikhr import Checkpoint
 from vikhr_t5.errors import UserError
 from vikhr_t5.model.network import T5Config
 from vikhr_t5.train import checkpoint_files, checkpoints, optimizers
-from vikhr_t5.train.checkpoint_files import defect
-from vikhr_t5.train.checkpoints import Checkpoints, SaveCheckpointConfig, find_checkpoint, read_params
+from vikhr_t5.train.checkpoint_files import defect, find_checkpoint
+from vikhr_t5.train.checkpoints import Checkpoints, SaveCheckpointConfig
 from vikhr_t5.train.state import TrainState
 
 MODEL = tiny_model()
@@ -68,28 +70,30 @@ def test_the_state_may_change_while_it_is_saved(tmp_path, state):
         for _ in range(5):
             moving = step(moving)
     saver.wait()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), moving)
     for number, params in expected.items():
-        assert jax.tree.all(jax.tree.map(np.array_equal, read_params(tmp_path / str(number)).params, params))
+        restored, _ = checkpoints.restore(tmp_path / str(number), shapes)
+        assert jax.tree.all(jax.tree.map(np.array_equal, restored.params, params))
 
 
-def test_read_params_needs_only_the_folder(tmp_path, state):
+def test_a_conversion_needs_only_the_folder(tmp_path, state):
     save(Checkpoints(tmp_path / "run" / "checkpoints", SaveCheckpointConfig()), state, 3)
     shutil.copytree(tmp_path / "run" / "checkpoints" / "3", tmp_path / "copied" / "anything")
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "3", tmp_path / "copied" / "anything"):
-        saved = read_params(path)
+        saved = Checkpoint(path)
         assert saved.config == MODEL.config
         assert saved.config.vocab_size == 128
-        assert (saved.step, saved.extra_ids) == (3, TinyVocabulary.extra_ids)
-        assert saved.vocabulary_file.read_bytes() == TinyVocabulary.model_bytes
-        assert isinstance(saved.params["token_embedder"]["embedding"], np.ndarray)
-        assert jax.tree.all(jax.tree.map(np.array_equal, saved.params, jax.device_get(state.params)))
+        assert saved.step == 3
+        assert saved.vocabulary.fingerprint() == TinyVocabulary().fingerprint()
+        assert saved.vocabulary.model_bytes == TinyVocabulary.model_bytes
+        assert jax.tree.all(jax.tree.map(np.array_equal, load(saved), jax.device_get(state.params)))
     assert (tmp_path / "copied" / "anything" / "config.gin").read_text() == "X = 1\n"
 
 
 def test_bfloat16_parameters(tmp_path, state):
     for dtype in ("float32", "bfloat16"):
         save(Checkpoints(tmp_path / dtype, SaveCheckpointConfig(dtype=dtype)), state, 1)
-    params = read_params(tmp_path / "bfloat16" / "1").params
+    params = load(Checkpoint(tmp_path / "bfloat16" / "1"))
     rounded = jax.tree.map(lambda p: np.asarray(p.astype(jnp.bfloat16).astype(jnp.float32)), state.params)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, rounded))
     restored, _ = checkpoints.restore(tmp_path / "bfloat16" / "1", like())

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from tiny_run import CONFIG, TinyDataset, dataset_config, run, tiny_model
 
+from conversion.stored import load
+from conversion.vikhr import Checkpoint
 from vikhr_t5.errors import UserError
 from vikhr_t5.model.network import T5Config
 from vikhr_t5.train import optimizers
-from vikhr_t5.train.checkpoints import read_params
 from vikhr_t5.train.loop import NonFiniteLoss
 from vikhr_t5.train.step import Trainer
 
@@ -32,8 +33,8 @@ def lines(run_dir: Path, kind: str | None = None, file: str = "metrics.jsonl") -
 
 
 def same_params(a: Path, b: Path) -> bool:
-    a, b = read_params(a), read_params(b)
-    return a.step == b.step and jax.tree.all(jax.tree.map(np.array_equal, a.params, b.params))
+    a, b = Checkpoint(a), Checkpoint(b)
+    return a.step == b.step and jax.tree.all(jax.tree.map(np.array_equal, load(a), load(b)))
 
 
 def start(run_dir: Path, **arguments) -> subprocess.Popen:
@@ -216,7 +217,7 @@ def test_a_non_finite_update_is_skipped_if_so_configured(tmp_path):
     assert run(tmp_path, 8, stats_period=4, period=4, dataset=dataset, evaluate=False, trainer=trainer) == 8
     assert [line["skipped_steps"] for line in lines(tmp_path, "train")] == [0, 1]
     assert all(np.isfinite(line["loss"]) for line in lines(tmp_path, "train"))
-    assert all(np.isfinite(p).all() for p in jax.tree.leaves(read_params(tmp_path).params))
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(load(Checkpoint(tmp_path))))
 
 
 def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path):
@@ -235,7 +236,7 @@ def test_a_signal_saves_and_exits_with_0(whole_run, tmp_path, number):
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    stopped = read_params(tmp_path).step
+    stopped = Checkpoint(tmp_path).step
     assert 0 < stopped < 12
     assert f"{number.name}: saved step {stopped} of 12; run the same command to go on" in said
     assert "Traceback" not in said

@@ -17,6 +17,7 @@ from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
 from vikhr_t5.progress import Progress, human
 from vikhr_t5.train import checkpoints, metrics
+from vikhr_t5.train.checkpoint_files import find_checkpoint
 from vikhr_t5.train.checkpoints import CheckpointConfig, Checkpoints, RestoreCheckpointConfig
 from vikhr_t5.train.evaluate import Evaluator
 from vikhr_t5.train.interrupt import StopRequest
@@ -212,7 +213,7 @@ def starting_state(
         return state, progress, f"resumed from {own}"
     seed = secrets.randbits(31) if random_seed is None else random_seed
     if initial is not None and initial.path is not None:
-        path = checkpoints.find_checkpoint(initial.path)
+        path = find_checkpoint(initial.path)
         checkpoints.check_vocabulary(path, model.vocabulary)
         state, saved = checkpoints.restore(path, like, initial.reset_optimizer)
         if state.opt_state is None:

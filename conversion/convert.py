@@ -1,0 +1,165 @@
+"""From any format to any other, array by array: whole or not at all."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from conversion import huggingface, t5x, vikhr
+from conversion.safetensors import parse_size
+from conversion.stored import DTYPES, StoredModel
+from vikhr_t5.data.vocabulary import AnyVocabulary
+from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.files import atomic_path
+from vikhr_t5.model.config import T5Config
+from vikhr_t5.progress import Progress
+from vikhr_t5.train.checkpoint_files import find_checkpoint, steps
+
+FORMATS = ("hf", "t5x", "vikhr")
+# What a folder of each format holds: one with none of these, and not empty, is not replaced.
+_MARKS = ("config.json", "manifest.json", "checkpoint")
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    source_format: str,
+    vocabulary: AnyVocabulary | None = None,
+    config: T5Config | None = None,
+) -> StoredModel:
+    """A stored model, opened but not read.
+
+    Args:
+        path: vikhr: a run folder or a checkpoint's; t5x: the same of t5x's; hf: a model's folder.
+        source_format: one of FORMATS.
+        vocabulary: t5x's checkpoints carry none; hf: in place of its own.
+        config: of a t5x checkpoint, for what shapes cannot tell.
+
+    Raises:
+        UserError: it cannot be read, or is not what it should be.
+    """
+    if source_format == "vikhr":
+        return vikhr.Checkpoint(path)
+    if source_format == "hf":
+        return huggingface.HuggingFaceModel(path, vocabulary)
+    return t5x.open(path, config, vocabulary)
+
+
+def write_model(
+    model: StoredModel,
+    destination: str | os.PathLike[str],
+    destination_format: str,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    scanned: bool = False,
+) -> None:
+    """Writes `destination` in another format. It appears whole or not at all; an earlier model there is replaced.
+
+    Args:
+        destination: a folder; t5x: of a model_dir, in which checkpoint_<step> is made, or one of that name.
+        dtype: of the stored parameters, "float32" or "bfloat16"; None: as in the source.
+        max_shard_size: hf: bytes, or a size such as "5GB".
+        scanned: t5x: the layout of examples/scalable_t5 in place of examples/t5's.
+
+    Raises:
+        UserError: the format cannot express the model; `destination` holds something else; the disk is too small.
+    """
+    limit, kind = parse_size(max_shard_size), dtype or model.dtype
+    if kind not in DTYPES:
+        raise UserError(f"dtype {kind!r} cannot be written; {nearest(kind, DTYPES)}")
+    folder = Path(destination).expanduser().absolute()
+    if destination_format == "t5x":
+        folder = t5x.folder_for(folder, model.step)
+    _check_replaceable(folder)
+    total = model.config.param_count() * DTYPES[kind].itemsize
+    shown = Progress(f"writing {destination}", total, unit="bytes")
+    with _room(folder, total), atomic_path(folder) as temporary, shown as progress:
+        if destination_format == "hf":
+            huggingface.write(model, temporary, kind, limit, folder.name, progress.advance)
+        elif destination_format == "vikhr":
+            vikhr.write(model, temporary, kind, progress.advance)
+        else:
+            t5x.write(model, temporary, kind, scanned, progress.advance)
+
+
+def verify(
+    model: StoredModel,
+    source: str | os.PathLike[str],
+    source_format: str,
+    destination: str | os.PathLike[str],
+    destination_format: str,
+) -> bool:
+    """Is what `write_model` wrote the same model? With transformers on the Hugging Face side where there is one.
+
+    Prints a table or a line; deletes nothing. Between two formats without transformers' part, every array is compared.
+    """
+    from conversion import verify as comparison  # JAX's compiler and, in there, torch
+
+    written = open_model(destination, destination_format, model.vocabulary, model.config)
+    if (source_format == "hf") == (destination_format == "hf"):
+        same = comparison.same_arrays(model, written)
+        print(f"{destination}: every array is {'equal to' if same else 'compared, and some DIFFER from'} {source}'s")
+        return same
+    if destination_format == "hf":
+        return comparison.verify(model, destination, pairs=comparison.held_out(source))
+    return comparison.verify(written, source)
+
+
+def initial_checkpoint(
+    path: str | os.PathLike[str], model_dir: str | os.PathLike[str], config: T5Config, vocabulary: AnyVocabulary
+) -> str:
+    """What a run can start from: `path` where it is ours, else <model_dir>/initial_checkpoint, converted from it.
+
+    Nothing is converted once the run has checkpoints of its own. Raises UserError as `open_model` and `write_model`.
+    """
+    source_format = format_of(path)
+    destination = Path(model_dir).expanduser().absolute() / "initial_checkpoint"
+    if source_format == "vikhr":
+        return os.fspath(path)
+    if not steps(destination.parent / "checkpoints"):
+        write_model(open_model(path, source_format, vocabulary, config), destination, "vikhr")
+    return os.fspath(destination)
+
+
+def format_of(path: str | os.PathLike[str]) -> str:
+    """The format of a model's folder. UserError where it is none of FORMATS."""
+    folder = Path(path).expanduser()
+    if t5x.is_checkpoint(folder):
+        return "t5x"
+    if (folder / "config.json").is_file():
+        return "hf"
+    find_checkpoint(folder)
+    return "vikhr"
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: give a folder to write the model to")
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).is_file() for mark in _MARKS):
+        raise UserError(f"{folder} is not empty and holds no converted model: give a new folder")
+
+
+@contextlib.contextmanager
+def _room(folder: Path, needed: int) -> Iterator[None]:
+    """Says in one line that the disk is too small, before writing or when it fills."""
+    parent = next(place for place in folder.parents if place.exists())
+
+    def refusal() -> UserError:
+        free = shutil.disk_usage(parent).free
+        return UserError(
+            f"{parent}: the model takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free;"
+            " nothing was written: make room, or convert with --dtype bfloat16"
+        )
+
+    if shutil.disk_usage(parent).free < needed:
+        raise refusal()
+    try:
+        yield
+    except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
+        told = re.search(r"os_error_code='(\d+)'", str(error))
+        code = getattr(error, "errno", None) or (int(told[1]) if told else None)
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise refusal() from error
+        raise
