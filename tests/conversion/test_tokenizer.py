@@ -1,5 +1,6 @@
 """tokenizer.json beside the SentencePiece model: the same ids on the whole embedded corpus and on hard strings."""
 
+import itertools
 import json
 import re
 import unicodedata
@@ -69,9 +70,26 @@ def exported(folder: Path) -> AutoTokenizer:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def _assert_same_ids(exported: AutoTokenizer, vocabulary: Vocabulary, texts: list[str]) -> None:
+    for text, ids in zip(texts, exported(texts).input_ids, strict=True):
+        assert ids == [*vocabulary.encode(text), vocabulary.eos_id], text
+
+
+def test_every_ninth_line_of_the_corpus(exported: AutoTokenizer, vocabulary: Vocabulary, corpus: list[str]) -> None:
+    _assert_same_ids(exported, vocabulary, corpus[::9])
+
+
+@pytest.mark.slow
 def test_every_line_of_the_corpus(exported: AutoTokenizer, vocabulary: Vocabulary, corpus: list[str]) -> None:
-    for line, ids in zip(corpus, exported(corpus).input_ids, strict=True):
-        assert ids == [*vocabulary.encode(line), vocabulary.eos_id], line
+    _assert_same_ids(exported, vocabulary, corpus)
+
+
+@pytest.mark.slow
+def test_long_texts_of_the_corpus(exported: AutoTokenizer, vocabulary: Vocabulary, corpus: list[str]) -> None:
+    """SentencePiece adds scores up over the whole text in float32, which decides near ties beyond some 30,000 letters
+    (a Unigram model's prefix score of 32,768 has steps of 0.004)."""
+    whole = " ".join(corpus)
+    _assert_same_ids(exported, vocabulary, [whole[start : start + 8000] for start in range(0, len(whole), 8000)])
 
 
 @pytest.mark.parametrize("text", HARD, ids=ascii)
@@ -82,7 +100,9 @@ def test_hard_strings(exported: AutoTokenizer, vocabulary: Vocabulary, text: str
 def test_decoding(exported: AutoTokenizer, vocabulary: Vocabulary, corpus: list[str]) -> None:
     space, word = vocabulary.encode("я ⁂")[-4:-3], vocabulary.encode("в")
     for ids in [*map(vocabulary.encode, [*corpus[::50], *HARD]), [*space, *space, *word], [*word, *space]]:
-        assert exported.decode(ids) == vocabulary.decode(ids)
+        assert exported.decode(ids).replace("<unk>", " ⁇ ") == vocabulary.decode(ids)
+        if vocabulary.unk_id in ids:
+            continue  # transformers writes and reads it as a token
         assert exported(exported.decode(ids)).input_ids[:-1] == vocabulary.encode(vocabulary.decode(ids))
 
 
@@ -100,10 +120,10 @@ def test_sentinels_and_mode_tokens(exported: AutoTokenizer, vocabulary: Vocabula
 
 
 def test_a_sentinel_without_a_space_before_it_is_text(exported: AutoTokenizer, vocabulary: Vocabulary) -> None:
-    glued, apart = "Москва(<extra_id_0>)", "Москва( <extra_id_0>)"
+    glued, apart = "Москва-<extra_id_0>", "Москва- <extra_id_0>"
     assert vocabulary.sentinel(0) not in exported(glued).input_ids
     assert vocabulary.sentinel(0) in exported(apart).input_ids
-    assert exported.decode(exported(glued).input_ids[:-1]) == glued
+    assert exported(glued).input_ids == [*vocabulary.encode(glued), vocabulary.eos_id]
 
 
 def test_saved_again_by_transformers(exported: AutoTokenizer, tmp_path: Path) -> None:
@@ -118,7 +138,7 @@ def test_a_pair_of_texts_ends_twice(exported: AutoTokenizer, vocabulary: Vocabul
 
 
 MARKS = [chr(code) for code in (*range(0x300, 0x30D), 0x31B, 0x323, 0x327, 0x328, 0x338, 0x345, 0x20DD, 0x3099)]
-TOKENS = [" <extra_id_0>", " <extra_id_299>", "[NLU]", " [S2S] ", "<SC1>", "<0x41>", " ", "  ", "\n"]
+TOKENS = [" <extra_id_0>", "<extra_id_7>", " <extra_id_299>", "[NLU]", " [S2S] ", "<SC1>", "<0x41>", " ", "  ", "\n"]
 
 
 def _pieces() -> st.SearchStrategy[str]:
@@ -164,6 +184,40 @@ def _normalizer(steps: Sequence[dict]):  # type: ignore[no-untyped-def]
     return Tokenizer.from_str(json.dumps(whole)).normalizer.normalize_str
 
 
+def test_segmentations_of_one_score_are_decided_alike(unigram: Vocabulary, tmp_path: Path) -> None:
+    """Scores are sums of quarters, exact in both libraries: of equally good segmentations both take the same one."""
+    model = proto.ModelProto.FromString(unigram.model_bytes)
+    del model.pieces[unigram.size - unigram.extra_ids :]
+    kept = [piece for piece in model.pieces if piece.type != proto.ModelProto.SentencePiece.NORMAL]
+    del model.pieces[:]
+    model.pieces.extend(kept)
+    letters = "абв"
+    words = ["".join(word) for length in (1, 2, 3) for word in itertools.product(letters, repeat=length)]
+    for place, piece in enumerate(["▁", *words]):
+        model.pieces.add(piece=piece, score=-1 - len(piece) / 2 - place % 2 / 4)
+    (tmp_path / "spiece.model").write_bytes(model.SerializeToString())
+    vocabulary = Vocabulary(str(tmp_path / "spiece.model"), 10)
+    ours = Tokenizer.from_str(json.dumps(tokenizer_json.tokenizer_json(vocabulary)))
+    texts = ["".join(word) for length in range(1, 9) for word in itertools.product(letters, repeat=length)]
+    scores = {piece.piece: piece.score for piece in model.pieces}
+    tied = 0
+    for text in texts:
+        assert ours.encode(text).ids[:-1] == vocabulary.encode(text), text
+        best = _best_scores(f"▁{text}", scores)
+        tied += best[0] == best[1]
+    assert tied > len(texts) / 3
+
+
+def _best_scores(text: str, scores: dict[str, float]) -> list[float]:
+    """The scores of the two best segmentations of a text."""
+    best: list[list[float]] = [[0.0]]
+    for end in range(1, len(text) + 1):
+        starts = [start for start in range(max(0, end - 3), end) if text[start:end] in scores]
+        found = [before + scores[text[start:end]] for start in starts for before in best[start]]
+        best.append(sorted(found, reverse=True)[:2])
+    return [*best[-1], float("-inf")][:2]
+
+
 @pytest.mark.parametrize("setting", ["precompiled_charsmap", "add_dummy_prefix", "remove_extra_whitespaces"])
 def test_other_settings_of_sentencepiece(vocabulary: Vocabulary, tmp_path: Path, setting: str) -> None:
     model = proto.ModelProto.FromString(vocabulary.model_bytes)
@@ -176,7 +230,8 @@ def test_other_settings_of_sentencepiece(vocabulary: Vocabulary, tmp_path: Path,
         if setting == "add_dummy_prefix" and text.lstrip().startswith("<extra_id_"):
             continue  # a sentinel without a space before it
         assert ours.encode(text).ids[:-1] == changed.encode(text), text
-        assert ours.decode(changed.encode(text), skip_special_tokens=False) == changed.decode(changed.encode(text))
+        decoded = ours.decode(changed.encode(text), skip_special_tokens=False)
+        assert decoded.replace("<unk>", " ⁇ ") == changed.decode(changed.encode(text))
 
 
 def test_a_piece_with_its_space_is_a_mode_token_without_one(corpus: list[str], tmp_path: Path) -> None:
