@@ -16,7 +16,7 @@ from conversion import t5x_files
 from conversion.names import Parameter, account
 from conversion.stored import DTYPES, StoredModel
 from conversion.t5x_files import StoredArray
-from conversion.t5x_layout import SLOTS, UNUSED, Layout, infer
+from conversion.t5x_layout import UNUSED, Layout, infer
 from conversion.t5x_writer import LegacyWriter
 from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError
@@ -136,11 +136,6 @@ def _has_moments(arrays: dict[str, StoredArray], layout: Layout, where: str) -> 
     names = [name for name in arrays if name.startswith("state/") and name != "state/step"]
     if not names:
         return False
-    if strange := [name for name in names if name.split("/")[-1] not in SLOTS]:
-        print(f"{where}: the optimizer's state is not Adafactor's and is left out ({strange[0]}, …)", file=sys.stderr)
-        return False
-    if "state/step" not in arrays:
-        raise UserError(f"{where} has Adafactor's state and no state/step: copy the checkpoint again")
     found = {name: arrays[name].shape for name in names}
     wanted: dict[str, tuple[int, ...]] = {}
     for row in layout.rows.values():
@@ -149,6 +144,11 @@ def _has_moments(arrays: dict[str, StoredArray], layout: Layout, where: str) -> 
             factored, momentum = (found.get(f"{path}/{slot}", UNUSED) != UNUSED for slot in ("v_row", "m"))
             slots = layout.slot_shapes(row, factored, momentum)
             wanted |= {f"{path}/{slot}": shape for slot, shape in slots.items()}
+    if not wanted.keys() & found.keys():
+        print(f"{where}: the optimizer's state is not Adafactor's and is left out ({names[0]}, …)", file=sys.stderr)
+        return False
+    if "state/step" not in arrays:
+        raise UserError(f"{where} has Adafactor's state and no state/step: copy the checkpoint again")
     account(found, wanted, where)
     return True
 

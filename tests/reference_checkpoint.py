@@ -1,6 +1,6 @@
-"""Reads t5x's legacy checkpoints (msgpack + zarr) and its two layer layouts; tests only.
+"""What real t5x computed (`reference/`), and its trees of arrays rearranged into ours, apart from `conversion`.
 
-`reference/README` in short: the files beside this one were written by google-research/t5x @ cc342d4. They are data.
+The files of `reference/` were written by google-research/t5x @ cc342d4. They are data.
 """
 
 import json
@@ -9,39 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore
-from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from conversion import t5x
+from conversion.stored import load
+
 REFERENCE = Path(__file__).parent / "reference"
-
-
-def load_legacy(directory: Path) -> dict[str, np.ndarray]:
-    """A checkpoint folder -> {"target/encoder/...": array, "state/param_states/...": array, "state/step": array}.
-
-    Arrays that were partitioned stand in the msgpack as tensorstore specs; an absent one (a copy without optimizer
-    state) is left out.
-    """
-    root = msgpack_restore((directory / "checkpoint").read_bytes())["optimizer"]
-    arrays = {}
-    for path, leaf in _leaves(root):
-        if not isinstance(leaf, dict):
-            arrays[path] = np.asarray(leaf)
-            continue
-        folder = directory / Path(leaf["kvstore"]["path"]).name
-        if folder.exists():
-            spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}}
-            arrays[path] = np.asarray(tensorstore.open(spec, open=True).result().read().result())
-    return arrays
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        is_node = isinstance(value, dict) and "driver" not in value
-        found += _leaves(value, f"{path}/") if is_node else [(path, value)]
-    return found
 
 
 def load_arrays(name: str, file: str) -> dict[str, np.ndarray]:
@@ -92,8 +65,7 @@ def unstack_scanned(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def reference_params(name: str) -> dict[str, Any]:
     """Our parameter tree of `t511_d64` or `scan_d64` at step 200."""
-    target = under(load_legacy(REFERENCE / name / "ckpt_legacy" / "checkpoint_200"), "target/")
-    return unstack_scanned(target) if name.startswith("scan") else stack_layers(target)
+    return load(t5x.open(REFERENCE / name / "ckpt_legacy" / "checkpoint_200"))
 
 
 def flat(tree: dict[str, Any]) -> dict[str, np.ndarray]:

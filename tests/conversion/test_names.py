@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import transformers
 from flax.traverse_util import flatten_dict
-from reference_checkpoint import REFERENCE, load_legacy, reference_params, under
+from reference_checkpoint import REFERENCE, reference_params, under
 
-from conversion import convert, names, verify
+from conversion import convert, names, t5x_files, verify
 from conversion.huggingface import HuggingFaceModel
 from conversion.huggingface_config import ARCHITECTURES, config_json
 from conversion.stored import MemoryModel
@@ -46,14 +46,14 @@ def test_names_and_shapes_are_transformers_own(make_model: Make, variant: str) -
 
 def test_names_are_t5x_own() -> None:
     config = REFERENCE_CONFIG
-    target = under(load_legacy(REFERENCE / "t511_d64" / "ckpt_legacy" / "checkpoint_200"), "target/")
+    target = under(t5x_files.arrays(REFERENCE / "t511_d64" / "ckpt_legacy" / "checkpoint_200"), "target/")
     rows = names.table(config)
     found = {row.t5x.format(layer=layer) for row in rows for layer in range(2 if row.per_layer else 1)}
     assert found == set(target)
 
 
 def test_names_of_a_bias_per_layer_are_t5x_scanned_own() -> None:
-    target = under(load_legacy(REFERENCE / "scan_d64" / "ckpt_legacy" / "checkpoint_200"), "target/")
+    target = under(t5x_files.arrays(REFERENCE / "scan_d64" / "ckpt_legacy" / "checkpoint_200"), "target/")
     rows = names.table(T5Config(**{**vars(REFERENCE_CONFIG), "relative_bias_per_layer": True}))
     assert {re.sub(r"^(\w+)/layers_{layer}", r"\1/\1", row.t5x) for row in rows} == set(target)
 

@@ -368,6 +368,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda c: edit_index(c, lambda r: index_of(r, "state", "param_states", "encoder").pop("encoder_norm")),
         "4 missing: state/param_states/encoder/encoder_norm/scale/m",
     ),
+    "an unknown array of the optimizer": (
+        lambda c: edit_index(c, lambda r: index_of(r, "state", "param_states", "encoder").update(x=np.zeros(9))),
+        r"1 unknown: state/param_states/encoder/x \[9\]",
+    ),
     "an optimizer state of another shape": (
         lambda c: edit_index(
             c, lambda r: index_of(r, "state", "param_states", *WO[1:], "kernel").update(v=np.zeros(9, np.float32))
