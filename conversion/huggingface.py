@@ -43,8 +43,8 @@ class HuggingFaceModel:
         if not self.folder.is_dir():
             raise UserError(f"{path}: no such folder")
         tensors = open_weights(self.folder)
-        self.config = read_config(self.folder, _HEAD in tensors)
-        self._tensors = self._settled(tensors)
+        self.config, ties = read_config(self.folder, _HEAD in tensors)
+        self._tensors = self._settled(tensors, ties)
         wanted = {array.name: array for array in names.arrays(self.config)}
         found = {name: tensor.shape for name, tensor in self._tensors.items()}
         names.account(found, {name: array.shape for name, array in wanted.items()}, f"{self.folder}")
@@ -53,7 +53,7 @@ class HuggingFaceModel:
         self.dtype = "bfloat16" if halves else "float32"
         self.vocabulary: AnyVocabulary | None = vocabulary or tokenizer.read(self.folder)
 
-    def _settled(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _settled(self, tensors: dict[str, Tensor], ties: bool) -> dict[str, Tensor]:
         """Each tensor once: copies of the embedding are left out if they are copies."""
         tensors = {name: tensor for name, tensor in tensors.items() if name != _UNUSED}
         copies = [name for name in (_SHARED, *_COPIES) if name in tensors]
@@ -66,7 +66,7 @@ class HuggingFaceModel:
                     f"{self.folder}: {name} is not {_SHARED}, though config.json says that they are one:"
                     " set tie_word_embeddings (and scale_decoder_outputs) there to false if the model has its own"
                 )
-        if not tied and _HEAD not in tensors and copies:
+        if ties and not tied and _HEAD not in tensors and copies:
             tensors[_HEAD] = tensors[_SHARED]  # one matrix that does not scale: the same as two
         return tensors
 

@@ -90,8 +90,8 @@ def generation_json(rows: int, size: int) -> dict[str, Any]:
     return {**ids, "suppress_tokens": list(range(size, rows))} if rows > size else ids
 
 
-def read_config(folder: Path, own_head: bool) -> T5Config:
-    """config.json -> T5Config, float32.
+def read_config(folder: Path, own_head: bool) -> tuple[T5Config, bool]:
+    """config.json -> T5Config, float32; and whether transformers takes the embedding for a missing output layer.
 
     Args:
         own_head: the files hold an output layer: `lm_head.weight`.
@@ -128,12 +128,14 @@ def read_config(folder: Path, own_head: bool) -> T5Config:
     activations = {theirs: ours for ours, theirs in _FEED_FORWARD.items()}
     if proj not in activations:
         raise UserError(f"{path}: feed_forward_proj {proj!r} is unknown; {nearest(str(proj), activations)}")
-    scaled = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", kind == "t5"))
-    return T5Config(
+    ties = bool(fields.get("tie_word_embeddings", kind == "t5"))
+    scaled = bool(fields.get("scale_decoder_outputs", ties)) if kind == "t5" else ties and not own_head
+    config = T5Config(
         **{ours: fields[theirs] for ours, theirs in _SIZES.items()},
         num_decoder_layers=fields.get("num_decoder_layers") or fields["num_layers"],
         mlp_activations=activations[proj],
         dropout_rate=fields.get("dropout_rate", 0.1),
-        logits_via_embedding=bool(scaled) if kind == "t5" else not own_head,
+        logits_via_embedding=scaled,
         relative_bias_per_layer=kind == "umt5",
     )
+    return config, ties

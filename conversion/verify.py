@@ -177,28 +177,28 @@ def measure(
             decoding.greedy(params, config, jnp.asarray(inputs), targets.shape[1], vocab_size=vocabulary.size)
         )
         chosen = np.asarray(_logits(params, config, inputs, _shifted(generated), generated))
-    their_logits, their_generated = _their_logits(theirs, inputs, targets), _generate(theirs, inputs, targets.shape[1])
+    logits_there, generated_there = their_logits(theirs, inputs, targets), _generate(theirs, inputs, targets.shape[1])
     real = targets > 0
-    difference = np.abs(logits - their_logits)[real].max()
+    difference = np.abs(logits - logits_there)[real].max()
     largest = float(np.abs(logits[real]).max())
     allowed = ABSOLUTE + RELATIVE * largest
     if difference > allowed:
-        exact = _their_logits(theirs.double(), inputs, targets)
-        allowed = max(allowed, ROUNDINGS * float(np.abs(their_logits - exact)[real].max()))
-    equal = [_same(o, t, c, 2 * allowed) for o, t, c in zip(generated, their_generated, chosen, strict=True)]
+        exact = their_logits(theirs.double(), inputs, targets)
+        allowed = max(allowed, ROUNDINGS * float(np.abs(logits_there - exact)[real].max()))
+    equal = [_same(o, t, c, 2 * allowed) for o, t, c in zip(generated, generated_there, chosen, strict=True)]
     return Measured(
         largest_logit=largest,
         allowed=allowed,
         logit_difference=float(difference),
         loss=_loss(logits[real], targets[real]),
-        their_loss=_loss(their_logits[real], targets[real]),
+        their_loss=_loss(logits_there[real], targets[real]),
         greedy_equal=sum(equal),
         tokenized_equal=sum([*o, vocabulary.eos_id] == t for o, t in zip(encoded, tokenized, strict=True)),
         lines=len(texts),
         answers=[
             (text, vocabulary.decode(ours.tolist()), vocabulary.decode(their.tolist()))
             for (text, _), ours, their in zip(
-                pairs, generated[len(lines) :], their_generated[len(lines) :], strict=True
+                pairs, generated[len(lines) :], generated_there[len(lines) :], strict=True
             )
         ],
     )
@@ -277,7 +277,7 @@ def _load(folder: str | os.PathLike[str]) -> tuple[Any, Any]:
     return tokenizer, model.eval()
 
 
-def _their_logits(model: Any, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def their_logits(model: Any, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """[B, S], [B, T] -> [B, T, V] in the model's type.
 
     transformers 5.x multiplies the decoder's output of every umT5 by D**-0.5, which 4.x does where the output layer is

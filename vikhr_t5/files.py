@@ -1,8 +1,11 @@
 """Files that are whole or absent: written beside their place, synced, then renamed."""
 
 import contextlib
+import glob
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,16 +26,44 @@ def _sync_tree(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
+def _writer(process: int | str) -> str:
+    return f"{socket.gethostname()}-{process}"
+
+
+def _remove_abandoned(final: Path) -> None:
+    """What processes that are no more were writing beside `final`."""
+    pattern = glob.escape(f".{final.name}.") + glob.escape(_writer("")) + "*"
+    for path in final.parent.glob(pattern):
+        process = re.fullmatch(re.escape(f".{final.name}.{_writer('')}") + r"(\d+)\.[0-9a-f]{8}\.(tmp|old)", path.name)
+        if process and not _runs(int(process[1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def atomic_path(destination: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `destination`; on success what was written there takes its name.
 
     Works for a file or a folder (the caller creates either at the yielded path). An existing file is replaced
-    atomically; an existing folder is moved aside first and removed after. On an exception nothing is left.
+    atomically; an existing folder is moved aside first and removed after. On an exception nothing is left; what a
+    process of this machine left when it was killed, the next one removes.
     """
     final = Path(destination)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"
+    _remove_abandoned(final)
+    temporary = final.parent / f".{final.name}.{_writer(os.getpid())}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         yield temporary
         _sync_tree(temporary)
