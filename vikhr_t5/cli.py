@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file of hf (default 5GB)")
     convert.add_argument("--scanned", action="store_true", help="t5x: the layout of examples/scalable_t5")
     convert.add_argument("--vocabulary", metavar="F", help="where SRC has none, as t5x's: a .model file, or 'bytes'")
-    convert.add_argument("--extra_ids", type=int, default=100, metavar="N", help="its sentinels (default 100)")
+    convert.add_argument("--extra_ids", type=int, metavar="N", help="its sentinels (default 100; bytes: 0)")
     convert.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -139,6 +139,36 @@ def build_parser() -> argparse.ArgumentParser:
     vocab_train.add_argument("--model_type", choices=["unigram", "bpe"], default="unigram")
     vocab_train.add_argument("--character_coverage", type=float, default=0.9999, metavar="X")
     vocab_train.add_argument("--max_lines", type=int, metavar="N", help="train on a sample of the lines")
+    swap = _command(
+        actions,
+        "swap",
+        _vocab_swap,
+        "put another vocabulary under a model",
+        "vikhr-t5 vocab swap --from hf flan-t5-xl runs/start --vocabulary spiece.model",
+        "New rows are means of the old rows of a piece's text. The result is a checkpoint to start a run from\n"
+        "(INITIAL_CHECKPOINT_PATH). See docs/conversion.md.",
+    )
+    extend = _command(
+        actions,
+        "extend",
+        _vocab_extend,
+        "add the pieces of another vocabulary to a model's",
+        "vikhr-t5 vocab extend --from hf flan-t5-xl runs/start --vocabulary spiece.model",
+        "As swap, but the old pieces stay, under their ids.",
+    )
+    for change in (swap, extend):
+        change.add_argument("source", metavar="SRC", help="a run folder, a checkpoint's folder or a model's folder")
+        change.add_argument("destination", metavar="DST", help="the folder to write")
+        change.add_argument("--from", dest="from_format", choices=["hf", "t5x", "vikhr"], required=True)
+        change.add_argument("--to", dest="to_format", choices=["hf", "vikhr"], default="vikhr")
+        change.add_argument("--vocabulary", required=True, metavar="F", help="the new one: a .model file, or bytes")
+        change.add_argument(
+            "--extra_ids", type=int, metavar="N", help="sentinels of the result (default 300; bytes: 0)"
+        )
+        change.add_argument("--old_vocabulary", metavar="F", help="of a t5x checkpoint: a .model file, or bytes")
+        change.add_argument("--old_extra_ids", type=int, metavar="N", help="its sentinels (default 100; bytes: 0)")
+        change.add_argument("--text", metavar="F", help="a UTF-8 file to count tokens per word on")
+        change.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the parameters (default: as in SRC)")
     return parser
 
 
@@ -312,7 +342,7 @@ def _convert(flags: argparse.Namespace) -> int:
     if flags.vocabulary:
         from vikhr_t5.data.vocabulary import open_vocabulary
 
-        vocabulary = open_vocabulary(flags.vocabulary, flags.extra_ids)
+        vocabulary = open_vocabulary(flags.vocabulary, flags.extra_ids, default=100)
     model = convert.open_model(flags.source, flags.from_format, vocabulary)
     convert.write_model(
         model, flags.destination, flags.to_format, flags.dtype, flags.max_shard_size, scanned=flags.scanned
@@ -347,6 +377,32 @@ def _vocab_train(flags: argparse.Namespace) -> None:
         max_lines=flags.max_lines,
     )
     print(f"written: {flags.output}, {trained.size - trained.extra_ids} pieces (sentinels come on top)")
+
+
+def _vocab_swap(flags: argparse.Namespace, extend: bool = False) -> None:
+    require_own("conversion")
+    from conversion import vocabulary_change
+    from vikhr_t5.data import vocabulary
+
+    old = None
+    if flags.old_vocabulary:
+        old = vocabulary.open_vocabulary(flags.old_vocabulary, flags.old_extra_ids, default=100)
+    vocabulary_change.change(
+        flags.source,
+        flags.from_format,
+        flags.destination,
+        flags.to_format,
+        vocabulary.open_vocabulary(flags.vocabulary, flags.extra_ids),
+        extend=extend,
+        old_vocabulary=old,
+        texts=vocabulary.read_lines([Path(flags.text)]) if flags.text else (),
+        dtype=flags.dtype,
+    )
+    print(f"written: {flags.destination}")
+
+
+def _vocab_extend(flags: argparse.Namespace) -> None:
+    _vocab_swap(flags, extend=True)
 
 
 def _use_huge_pages() -> None:

@@ -201,16 +201,16 @@ def _sentinels_inside(model: Any) -> int:
     return count
 
 
-def open_vocabulary(source: str, extra_ids: int | None = None) -> AnyVocabulary:
+def open_vocabulary(source: str, extra_ids: int | None = None, default: int = 300) -> AnyVocabulary:
     """The vocabulary that a command line or an environment variable names.
 
     Args:
         source: path of a SentencePiece model, or "bytes".
-        extra_ids: number of sentinels; None: 300, or 0 for bytes, as ByT5 has.
+        extra_ids: number of sentinels; None: `default`, or 0 for bytes, as ByT5 has.
     """
     if source == ByteVocabulary.source:
         return ByteVocabulary(extra_ids or 0)
-    return Vocabulary(source, 300 if extra_ids is None else extra_ids)
+    return Vocabulary(source, default if extra_ids is None else extra_ids)
 
 
 def vocabulary_files(vocabulary: AnyVocabulary) -> dict[str, bytes]:
@@ -287,7 +287,7 @@ def train_vocabulary(
     if model_type not in ("unigram", "bpe"):
         raise UserError(f'model_type is {model_type!r}; use "unigram" or "bpe"')
     # Read in full first: SentencePiece would turn an error of the reader into one of its own.
-    lines = list(_lines(texts)) if max_lines is None else _sample(_lines(texts), max_lines, random.Random(seed))
+    lines = list(read_lines(texts)) if max_lines is None else _sample(read_lines(texts), max_lines, random.Random(seed))
     if not lines:
         raise UserError("no text to train a vocabulary on: the texts or files hold no line but blank ones")
     model = io.BytesIO()
@@ -318,7 +318,7 @@ def train_vocabulary(
     return Vocabulary(os.fspath(output))
 
 
-def _lines(texts: Iterable[str] | Iterable[Path]) -> Iterator[str]:
+def read_lines(texts: Iterable[str] | Iterable[Path]) -> Iterator[str]:
     """The lines of texts and files that are not blank, long ones in parts, cut at a space where there is one."""
     for text in texts:
         for line in text.splitlines() if isinstance(text, str) else _file_lines(text):
