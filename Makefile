@@ -22,9 +22,15 @@ clean-demo:
 test: install
 	$(BIN)/python -m pytest
 
-# What a training run proves only with time: kill -9 at twenty moments, disk full, the whole demo.
-test-slow: install
+# What is proven only with time: kill -9 at twenty moments, disk full, the whole demo; and exports in transformers 4.57.
+test-slow: install .venv-transformers4/.installed
 	$(BIN)/python -m pytest -m slow
+
+.venv-transformers4/.installed:
+	$(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --quiet --disable-pip-version-check \
+	    transformers==4.57.6 torch==2.13.0 sentencepiece safetensors protobuf
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

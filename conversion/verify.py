@@ -177,7 +177,7 @@ def measure(
             decoding.greedy(params, config, jnp.asarray(inputs), targets.shape[1], vocab_size=vocabulary.size)
         )
         chosen = np.asarray(_logits(params, config, inputs, _shifted(generated), generated))
-    logits_there, generated_there = their_logits(theirs, inputs, targets), _generate(theirs, inputs, targets.shape[1])
+    logits_there, generated_there = their_logits(theirs, inputs, targets), generate(theirs, inputs, targets.shape[1])
     real = targets > 0
     difference = np.abs(logits - logits_there)[real].max()
     largest = float(np.abs(logits[real]).max())
@@ -297,7 +297,7 @@ def their_logits(model: Any, inputs: np.ndarray, targets: np.ndarray) -> np.ndar
     return logits.numpy()
 
 
-def _generate(model: Any, inputs: np.ndarray, length: int) -> np.ndarray:
+def generate(model: Any, inputs: np.ndarray, length: int) -> np.ndarray:
     """Greedy tokens [B, T], 0 after the end."""
     import torch
 
