@@ -33,7 +33,9 @@ class GinFiles:
         self.search_paths = [Path(p).expanduser() for p in search_paths]
         self.open_files: list[Path] = []
         self.task_modules: list[str] = []  # imported by the files, and named by none of their bindings
-        self.places: dict[str, str] = {}  # "DatasetConfig.pack" → "a.gin:7", of the last binding of that name
+        self.flags: dict[str, str] = {}  # "DatasetConfig.pack" → the flag that binds it
+        self._roots: list[Path] = []
+        self._statements: dict[Path, list[tuple[int, str | Path]]] = {}  # what a line binds, or includes
 
     def folders(self, beside: Path | None = None) -> list[Path]:
         """Where a relative name is looked for, in order."""
@@ -60,7 +62,7 @@ class GinFiles:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{shown(path)} cannot be read as UTF-8 text: {error}") from None
-        self._note_places(text, path)
+        self._note_statements(text, path)
         code = re.sub(r"^\s*(?:import|from)\b.*", "", _QUOTED_OR_COMMENT.sub("", text), flags=re.MULTILINE)
         needs = functools.partial(_needs, code, dynamic="__gin__ import dynamic_registration" in text)
         lines = [self._rewrite(line, path, i, needs) for i, line in enumerate(text.splitlines(keepends=True), start=1)]
@@ -70,16 +72,36 @@ class GinFiles:
         yield handle
         self.open_files.pop()  # after an error it stays, and tells which file was being read
 
-    def _note_places(self, text: str, path: Path) -> None:
-        """Which line binds what, for messages about a value that turns out not to do when it is used."""
-        block = ""
+    def place(self, binding: str) -> str:
+        """Where "DatasetConfig.pack" was bound last, in any scope: a flag, "a.gin:7", or "" where nowhere."""
+        found = ""
+
+        def walk(path: Path) -> None:
+            nonlocal found
+            for number, statement in self._statements.get(path, []):
+                if isinstance(statement, Path):
+                    walk(statement)
+                elif statement == binding:
+                    found = f"{shown(path)}:{number}"
+
+        for root in self._roots:
+            walk(root)
+        return self.flags.get(binding, found)
+
+    def _note_statements(self, text: str, path: Path) -> None:
+        """For `place`: messages about a value that turns out not to do when it is used."""
+        block, statements = "", list[tuple[int, str | Path]]()
         for number, line in enumerate(text.splitlines(), start=1):
-            inside = line[:1].isspace()
-            if binding := _BINDING.match(line.strip()):
-                selector = block if inside and not binding["selector"] else binding["selector"] or ""
-                self.places[f"{re.split('[./]', selector)[-1]}.{binding['parameter']}"] = f"{shown(path)}:{number}"
+            if include := _INCLUDE.match(line):
+                statements.append((number, self.find(include["name"], path, number)))
+            elif binding := _BINDING.match(line.strip()):
+                selector = binding["selector"] or (block if line[:1].isspace() else "")
+                statements.append((number, parameter_key(f"{selector}.{binding['parameter']}")))
             elif header := _BLOCK.match(line):
                 block = header["selector"]
+        self._statements[path] = statements
+        if not self.open_files:
+            self._roots.append(path)
 
     def _rewrite(self, line: str, path: Path, number: int, needs: Callable[[str], bool]) -> str:
         """One line as gin reads it. `needs(name)`: whether the file's bindings use the module imported as `name`."""
@@ -110,6 +132,11 @@ def _needs(code: str, name: str, *, dynamic: bool) -> bool:
     """
     used = rf"(?<![\w.]){re.escape(name)}\.\w" if dynamic else r"^\s*[\w/]+\.\w|@"
     return re.search(used, code, re.MULTILINE) is not None
+
+
+def parameter_key(name: str) -> str:
+    """`train/utils.DatasetConfig.pack` → `DatasetConfig.pack`: enough to find where it stands."""
+    return ".".join(re.split("[./]", name)[-2:])
 
 
 def shown(path: Path | str) -> str:

@@ -19,7 +19,7 @@ import gin.config
 
 from vikhr_t5 import t5x_dialect
 from vikhr_t5.errors import UserError, nearest
-from vikhr_t5.gin_files import GinFiles, shown
+from vikhr_t5.gin_files import GinFiles, parameter_key, shown
 
 _LOCATION = re.compile(r'\n  In (?:file "(?P<file>.*?)",|bindings string) line (?P<line>\d+)')
 # What may stand on the command line without inner quotes: /a/b, ./a, ../a, ~/a, a/b, gs://a/b.
@@ -128,7 +128,7 @@ def arguments(function: Callable[..., Any], supplied: Sequence[str] = ()) -> dic
         binding = getattr(error, "binding", None)
         if binding is None:
             raise
-        place = _reading.places.get(".".join(binding.split(".")[-2:]), "")
+        place = _reading.place(binding)
         message = str(error).split("\n")[0]
         raise UserError(f"{place}: {message}" if place else message) from error
     # gin's operative configuration records what is called through gin. The function is called by us: record it here.
@@ -212,7 +212,7 @@ def _bind(binding: str, macros: set[str]) -> None:
         value = repr(os.path.expanduser(value))
     try:
         gin.config.parse_config(f"{name} = {value}")
-        _reading.places[".".join(re.split("[./]", name)[-2:])] = flag
+        _reading.flags[parameter_key(name)] = flag
     except (SyntaxError, tokenize.TokenError):
         python = {"true": "True", "false": "False", "none": "None"}.get(value.lower())
         instead = f"--gin.{name}={python}" if python else f"""--gin.{name}="'{value}'" where a string is meant"""
@@ -266,8 +266,10 @@ def _reword(error: Exception, message: str) -> str:
     """gin's message about a name, with the nearest names that would do."""
     if match := re.match(r"Configurable '(.+)' doesn't have a parameter named '(.+)'", message):
         selector, parameter = match.groups()
-        target = inspect.unwrap(gin.config._REGISTRY.get_match(selector).wrapped)
-        return f"{selector} has no parameter {parameter} ({nearest(parameter, inspect.signature(target).parameters)})"
+        wrapped = [gin.config._REGISTRY[full].wrapped for full in gin.config._REGISTRY.matching_selectors(selector)]
+        signatures = [inspect.signature(inspect.unwrap(one)).parameters for one in wrapped]
+        known = [name for names in signatures if parameter not in names for name in names]
+        return f"{selector} has no parameter {parameter} ({nearest(parameter, known)})"
     if match := re.match(
         r"No configurable matching (?:reference )?'@?(.+?)(?:\(\))?'|'(.+)' was not provided by an import", message
     ):

@@ -34,8 +34,9 @@ class Refusal(UserError):
     """A binding of t5x that we do not follow. `binding`: "DatasetConfig.pack", for looking up where it stands."""
 
     def __init__(self, binding: str, value: Any, instead: str):
-        shown = getattr(value, "__name__", None) or repr(value)
-        super().__init__(f"{binding} = {shown} is not for vikhr-t5: {instead}")
+        super().__init__(
+            f"{binding} = {getattr(value, '__name__', None) or repr(value)} is not for vikhr-t5: {instead}"
+        )
         self.binding = binding
 
 
@@ -332,21 +333,17 @@ def PjitPartitioner(
     _accept(f"{name}.dcn_mesh_shape", dcn_mesh_shape, [None], mesh)
     if logical_axis_rules is not None and not isinstance(logical_axis_rules, _StandardRules):
         raise Refusal(f"{name}.logical_axis_rules", logical_axis_rules, mesh)
-    binding, model = "num_partitions", num_partitions
-    if model_parallel_submesh is not None:
-        if num_partitions not in (None, 1):
-            raise Refusal(f"{name}.num_partitions", num_partitions, "model_parallel_submesh is given, too: keep one")
-        binding, model = "model_parallel_submesh", math.prod(model_parallel_submesh)
+    submesh, model = model_parallel_submesh, num_partitions or 0
+    if submesh is not None:
+        _accept(f"{name}.num_partitions", num_partitions, [None, 1], "model_parallel_submesh is given, too: keep one")
+        model = math.prod(submesh)
     devices = jax.device_count()
-    if not model or model < 1 or devices % model:
-        value = model_parallel_submesh if binding == "model_parallel_submesh" else num_partitions
-        fits = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-        fitting = f"--gin.{name}.model_parallel_submesh=None --gin.{name}.num_partitions=1"
-        raise Refusal(
-            f"{name}.{binding}",
-            value,
-            f"{model} does not divide the {devices} device(s) here; of {fits} choose one (say {fitting})",
-        )
+    if model < 1 or devices % model:
+        binding, value = ("num_partitions", num_partitions) if submesh is None else ("model_parallel_submesh", submesh)
+        fitting = " or ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        flags = f"--gin.{name}.num_partitions={fitting}"
+        flags += "" if submesh is None else f" --gin.{name}.model_parallel_submesh=None"
+        raise Refusal(f"{name}.{binding}", value, f"{model} does not divide the {devices} device(s) here; add {flags}")
     if logical_axis_rules is not None and logical_axis_rules.parameter_dims == 2:
         return partitioning.Partitioner(num_data=1, num_fsdp=devices // model, num_tensor=model)
     return partitioning.Partitioner(num_tensor=model)
@@ -451,9 +448,7 @@ def RestoreCheckpointConfig(
         raise Refusal(f"{name}.path", path, "give one checkpoint")
     if not paths or not paths[0]:
         return None
-    flag = (
-        "or give a local copy: --gin.INITIAL_CHECKPOINT_PATH (eval, infer: CHECKPOINT_PATH)=\"'/path/to/checkpoint'\""
-    )
+    flag = f"or give a local copy: --gin.{name}.path=\"'/path/to/checkpoint'\""
     return _Restore(local_copy(paths[0], flag), dtype=dtype)
 
 
