@@ -26,7 +26,6 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from conversion.stored import DTYPES, StoredModel
-from vikhr_t5.data.byte_vocabulary import OFFSET
 from vikhr_t5.data.vocabulary import AnyVocabulary, ByteVocabulary
 from vikhr_t5.errors import UserError
 
@@ -50,6 +49,7 @@ class Plan:
             meant and none are listed, of padding the old padding.
         starts: int [V + 1].
         old_size, old_rows: real ids of the old vocabulary, and rows of its matrices.
+        pieces_averaged: how many old pieces are in the mean that a piece of text takes, on average.
     """
 
     kinds: np.ndarray
@@ -57,15 +57,10 @@ class Plan:
     starts: np.ndarray
     old_size: int
     old_rows: int
+    pieces_averaged: float
 
     def count(self, kind: str) -> int:
         return int((self.kinds == kind).sum())
-
-    @property
-    def pieces_averaged(self) -> float:
-        """Old pieces in the mean of an averaged row, on average."""
-        counts = np.diff(self.starts)[self.kinds == AVERAGED]
-        return float(counts.mean()) if counts.size else 0.0
 
 
 def plan(old: AnyVocabulary, new: AnyVocabulary, old_rows: int) -> Plan:
@@ -79,30 +74,13 @@ def plan(old: AnyVocabulary, new: AnyVocabulary, old_rows: int) -> Plan:
             f"the embedding has {old_rows} rows and {old!r} has {old.size} ids: name the vocabulary that the model was"
             " trained with"
         )
-    ids = {meaning: id for id, meaning in enumerate(meanings(old))}
-    encode = _encoder(old)
-    blank = {old.unk_id, ids.get(("text", _SPACE))}
-    sentinels = [old.sentinel(i) for i in range(old.num_sentinels)]
-    kinds, sources = [], []
-    for kind, value in meanings(new):
-        known = ids.get((kind, value))
-        if known is None and kind == "sentinel" and isinstance(old, ByteVocabulary) and int(value) < old.num_sentinels:
-            known = old.sentinel(int(value))
-        if known is not None:
-            kinds.append(KEPT)
-            sources.append([known])
-            continue
-        found: list[int] = []
-        if kind == "text":
-            found = [id for id in encode(str(value).replace(_SPACE, " ")) if id != old.unk_id]
-            if str(value).strip(_SPACE) and set(found) <= blank:
-                found = []
-        elif kind == "byte" and int(value) < 0x80:
-            found = [id for id in encode(chr(int(value))) if id != old.unk_id]
-        elif kind == "sentinel":
-            found = sentinels
-        kinds.append(AVERAGED if found else FALLBACK)
+    rows_of, kinds, sources, lengths = _lookup(old), [], [], []
+    for meaning in meanings(new):
+        kind, found = rows_of(meaning)
+        kinds.append(kind)
         sources.append(found)
+        if kind == AVERAGED and meaning[0] == "text":
+            lengths.append(len(found))
     padding = new.padded_size - new.size
     counts = [len(found) for found in sources] + [0] * padding
     return Plan(
@@ -111,7 +89,34 @@ def plan(old: AnyVocabulary, new: AnyVocabulary, old_rows: int) -> Plan:
         starts=np.cumsum([0, *counts]),
         old_size=old.size,
         old_rows=old_rows,
+        pieces_averaged=float(np.mean(lengths)) if lengths else 0.0,
     )
+
+
+def _lookup(old: AnyVocabulary) -> Callable[[Meaning], tuple[str, list[int]]]:
+    """A function that says of a meaning whether its row is kept, averaged or a fallback, and from which old ids."""
+    ids = {meaning: id for id, meaning in enumerate(meanings(old))}
+    if isinstance(old, ByteVocabulary):  # bytes that double as sentinels
+        ids |= {("sentinel", i): old.sentinel(i) for i in range(old.num_sentinels)}
+    sentinels = [id for (kind, _), id in ids.items() if kind == "sentinel"]
+    blank = {ids.get(("text", _SPACE))}
+    encode = _encoder(old)
+
+    def rows_of(meaning: Meaning) -> tuple[str, list[int]]:
+        if meaning in ids:
+            return KEPT, [ids[meaning]]
+        kind, value = meaning
+        found: list[int] = []
+        if kind == "text" or (kind == "byte" and int(value) < 0x80):
+            text = str(value).replace(_SPACE, " ") if kind == "text" else chr(int(value))
+            found = [id for id in encode(text) if id != old.unk_id]
+            if text.strip(" ") and set(found) <= blank:
+                found = []
+        elif kind == "sentinel":
+            found = sentinels
+        return (AVERAGED, found) if found else (FALLBACK, [])
+
+    return rows_of
 
 
 class SwappedModel:
@@ -185,7 +190,7 @@ def meanings(vocabulary: AnyVocabulary) -> Iterator[Meaning]:
     """What each real id stands for, in the order of ids: the same in two vocabularies where they mean the same."""
     named = {vocabulary.pad_id: "padding", vocabulary.eos_id: "EOS", vocabulary.unk_id: "unknown"}
     if isinstance(vocabulary, ByteVocabulary):
-        pieces = [None] * (OFFSET + 0x100)
+        pieces = [None] * (vocabulary.size - vocabulary.extra_ids)
     else:
         pieces = list(_proto.ModelProto.FromString(vocabulary.model_bytes).pieces[: vocabulary.last_sentinel])
     for id, piece in enumerate(pieces):
@@ -194,7 +199,7 @@ def meanings(vocabulary: AnyVocabulary) -> Iterator[Meaning]:
         elif piece is None and id >= vocabulary.last_sentinel:  # bytes that no text has
             yield "sentinel", vocabulary.first_sentinel - id
         elif piece is None:
-            yield "byte", id - OFFSET
+            yield "byte", id - (len(pieces) - 0x100)
         elif piece.type == _Piece.BYTE:
             yield "byte", int(piece.piece[1:-1], 16)
         elif piece.type == _Piece.USER_DEFINED:
