@@ -54,6 +54,7 @@ def write_model(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     scanned: bool = False,
+    license: str | None = None,
 ) -> None:
     """Writes `destination` in another format. It appears whole or not at all; an earlier model there is replaced.
 
@@ -62,6 +63,7 @@ def write_model(
         dtype: of the stored parameters, "float32" or "bfloat16"; None: as in the source.
         max_shard_size: hf: bytes, or a size such as "5GB".
         scanned: t5x: the layout of examples/scalable_t5 in place of examples/t5's.
+        license: hf: the hub's name of one, for the model card.
 
     Raises:
         UserError: the format cannot express the model; `destination` holds something else; the disk is too small.
@@ -77,7 +79,7 @@ def write_model(
     shown = Progress(f"writing {destination}", total, unit="bytes")
     with _room(folder, total), atomic_path(folder) as temporary, shown as progress:
         if destination_format == "hf":
-            huggingface.write(model, temporary, kind, limit, folder.name, progress.advance)
+            huggingface.write(model, temporary, kind, limit, folder.name, progress.advance, license)
         elif destination_format == "vikhr":
             vikhr.write(model, temporary, kind, progress.advance)
         else:

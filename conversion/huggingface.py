@@ -13,6 +13,7 @@ import numpy as np
 from conversion import card, names, safetensors, tokenizer
 from conversion.huggingface_config import config_json, generation_json, read_config
 from conversion.stored import DTYPES, StoredModel, ahead
+from conversion.vikhr import Checkpoint
 from conversion.weights import Tensor, open_weights
 from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError
@@ -88,6 +89,7 @@ def write(
     max_shard_size: int,
     name: str,
     advance: Callable[[int], None] = lambda count: None,
+    license: str | None = None,
 ) -> None:
     """Writes what `transformers` loads: `T5ForConditionalGeneration.from_pretrained` and `AutoTokenizer`.
 
@@ -96,7 +98,7 @@ def write(
             `max_shard_size`), config.json, generation_config.json, the tokenizer's files, and README.md, a model card.
         dtype: of the stored weights, "float32" or "bfloat16" (half precision overflows in T5's feed-forward output).
         max_shard_size: bytes.
-        name: of the model, in its card.
+        name, license: of the model, in its card.
         advance: called with the bytes of each array once it is written.
 
     Raises:
@@ -117,7 +119,9 @@ def write(
     tokenizer.write(model.vocabulary, folder)
     tokenizer.write_json(folder / "config.json", configuration)
     tokenizer.write_json(folder / "generation_config.json", generation_json(rows, size))
-    (folder / "README.md").write_text(card.text(model, model.vocabulary, dtype, name), encoding="utf-8")
+    recipe = card.recipe(model.folder, model.step) if isinstance(model, Checkpoint) else ""
+    text = card.text(model, model.vocabulary, dtype, name, license, recipe)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     shapes = {array.name: array.shape for array in names.arrays(config)}
     arrays = ahead(names.to_huggingface(model))
     safetensors.write_sharded(folder, shapes, arrays, DTYPES[dtype], max_shard_size, advance)

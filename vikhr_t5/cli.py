@@ -105,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", dest="to_format", choices=["hf", "t5x", "vikhr"], required=True)
     convert.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the parameters (default: as in SRC)")
     convert.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file of hf (default 5GB)")
+    convert.add_argument("--license", metavar="L", help="of the model, for its card: apache-2.0, mit, …")
     convert.add_argument("--scanned", action="store_true", help="t5x: the layout of examples/scalable_t5")
     convert.add_argument("--vocabulary", metavar="F", help="where SRC has none, as t5x's: a .model file, or 'bytes'")
     convert.add_argument("--extra_ids", type=int, metavar="N", help="its sentinels (default 100; bytes: 0)")
@@ -345,7 +346,13 @@ def _convert(flags: argparse.Namespace) -> int:
         vocabulary = open_vocabulary(flags.vocabulary, flags.extra_ids, default=100)
     model = convert.open_model(flags.source, flags.from_format, vocabulary)
     convert.write_model(
-        model, flags.destination, flags.to_format, flags.dtype, flags.max_shard_size, scanned=flags.scanned
+        model,
+        flags.destination,
+        flags.to_format,
+        flags.dtype,
+        flags.max_shard_size,
+        scanned=flags.scanned,
+        license=flags.license,
     )
     print(f"written: {flags.destination}")
     if flags.verify is None and "hf" in (flags.from_format, flags.to_format) and not find_spec("transformers"):

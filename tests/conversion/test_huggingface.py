@@ -16,8 +16,10 @@ from safetensors import safe_open
 from conversion import convert, huggingface_config, names, safetensors, verify
 from conversion.huggingface import HuggingFaceModel
 from conversion.stored import MemoryModel
+from conversion.vikhr import Checkpoint
 from vikhr_t5.data.vocabulary import Vocabulary
 from vikhr_t5.errors import UserError
+from vikhr_t5.train.checkpoint_files import seal
 
 Make = Callable[..., MemoryModel]
 LINES = verify.LINES[:4]
@@ -208,3 +210,23 @@ def test_card_and_configuration(make_model: Make, unigram: Vocabulary, tmp_path:
     config = json.loads((tmp_path / "my-t5" / "config.json").read_text())
     assert (config["tie_word_embeddings"], config["feed_forward_proj"]) == (False, "gated-gelu")
     assert [config[f"{name}_token_id"] for name in ("decoder_start", "pad", "eos")] == [0, 0, 1]
+
+
+def test_the_card_tells_what_the_run_says_of_itself(make_model: Make, tmp_path: Path) -> None:
+    convert.write_model(make_model("v1.1"), tmp_path / "run" / "checkpoints" / "1000", "vikhr")
+    folder = tmp_path / "run" / "checkpoints" / "1000"
+    said = "MIXTURE_OR_TASK_NAME = 'my_flan'\nBATCH_SIZE = 8\n"
+    (folder / "config.gin").write_text(said)
+    seal(folder)
+    evaluations = [
+        {"kind": "eval", "step": step, "loss": loss, "loss/habr": 2} for step, loss in ((1000, 1.5), (2000, 1))
+    ]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in evaluations))
+    convert.write_model(Checkpoint(tmp_path / "run"), tmp_path / "hf", "hf", license="apache-2.0")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for part in ("license: apache-2.0\n", "`my_flan`", "| loss | 1.5 |", "| loss/habr | 2 |", said.strip()):
+        assert part in card
+    convert.write_model(Checkpoint(folder), tmp_path / "copied", "vikhr")
+    convert.write_model(Checkpoint(tmp_path / "copied"), tmp_path / "plain", "hf")
+    assert "## Training" not in (tmp_path / "plain" / "README.md").read_text()
