@@ -1,5 +1,6 @@
 """Another vocabulary under a model: which rows are kept, which are means and of what; logits of what both share."""
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_run
 from rich.console import Console
 from sentencepiece import sentencepiece_model_pb2 as proto
 
@@ -18,6 +20,8 @@ from vikhr_t5 import cli
 from vikhr_t5.data.vocabulary import ByteVocabulary, Vocabulary, train_vocabulary
 from vikhr_t5.errors import UserError
 from vikhr_t5.model import network
+from vikhr_t5.train import optimizers
+from vikhr_t5.train.state import EncoderDecoderModel
 
 Make = Callable[..., MemoryModel]
 
@@ -271,4 +275,14 @@ def test_the_command_writes_a_checkpoint_to_start_from(
     if action == "extend":
         assert np.array_equal(rows[:700], old[:700])
         assert written.vocabulary.encode("Open the file") == english.encode("Open the file")
-    assert cli.main([*command[:2], *command[2:4], str(tmp_path / "none"), *command[5:]]) == 2
+    assert cli.main([*command[:4], str(tmp_path / "none"), *command[5:]]) == 2
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_swapped_model(old_model: MemoryModel, unigram: Vocabulary, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    convert.write_model(SwappedModel(old_model, unigram), tmp_path / "start", "vikhr")
+    config = dataclasses.replace(old_model.config, vocab_size=None)
+    model = EncoderDecoderModel(network.Transformer(config), unigram, unigram, optimizers.Adafactor())
+    start = str(tmp_path / "start")
+    assert tiny_run.run(tmp_path / "run", 1001, model=model, initial=start, evaluate=False) == 1001
+    assert f"started from {start}" in capsys.readouterr().err

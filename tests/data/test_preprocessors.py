@@ -35,12 +35,16 @@ def add_task(vocabulary: Vocabulary) -> Iterator[AddTask]:
     """Registers tasks that denoise DOCUMENTS, or one long document of tokens; they are gone after the test."""
     names: list[str] = []
 
-    def add(denoise: Denoise, extra_ids: int = 300, tokens: np.ndarray | None = None) -> str:
+    def add(denoise: Denoise, extra_ids: int | None = 300, tokens: np.ndarray | None = None) -> str:
+        """`extra_ids` None: of bytes, as ByT5."""
+
         def documents(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
             return tf.data.Dataset.from_tensor_slices({"targets": DOCUMENTS if tokens is None else tokens[None]})
 
         names.append(f"test_denoise_{len(names)}")
-        spm = seqio.SentencePieceVocabulary(vocabulary.sentencepiece_model_file, extra_ids=extra_ids)
+        spm: seqio.Vocabulary = seqio.ByteVocabulary()
+        if extra_ids is not None:
+            spm = seqio.SentencePieceVocabulary(vocabulary.sentencepiece_model_file, extra_ids=extra_ids)
         seqio.TaskRegistry.add(
             names[-1],
             source=seqio.FunctionDataSource(documents, ["train"]),
@@ -158,3 +162,13 @@ def test_what_cannot_work_is_refused_before_the_first_example(add_task: AddTask)
         seqio.get_mixture_or_task(few).get_dataset(sequence_length=None, split="train", shuffle=False)
     with pytest.raises(UserError, match=r"mode token '<XX>'"):
         examples(add_task(Denoise([Denoiser("x", "prefix", 0.5, mode="<XX>")])))
+
+
+def test_bytes_are_corrupted_with_the_sentinels_of_byt5(add_task: AddTask) -> None:
+    name = add_task(Denoise([Denoiser("byt5", "span", 0.15, 20.0)]), extra_ids=None)
+    text = "".join(DOCUMENTS).encode()
+    for example in examples(name)[:20]:
+        marks = [id for id in example["inputs"].tolist() if id > 247]
+        assert marks == [258 - i for i in range(len(marks))] == [id for id in example["targets"].tolist() if id > 247]
+        kept = bytes(id - 3 for id in example["inputs"][: example["inputs"].tolist().index(258)])
+        assert kept in text
