@@ -84,7 +84,7 @@ def text(
         head="the embedding, scaled" if tied else "its own",
         vocabulary=vocabulary,
         rows=config.known_vocab_size(),
-        last=vocabulary.num_sentinels - 1,
+        last=vocabulary.first_sentinel - vocabulary.last_sentinel,
         first_sentinel=vocabulary.first_sentinel,
         license=f"license: {license}\n" if license else "",
         recipe=recipe,

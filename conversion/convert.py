@@ -15,7 +15,7 @@ from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path
 from vikhr_t5.model.config import T5Config
-from vikhr_t5.progress import Progress
+from vikhr_t5.progress import Progress, human
 from vikhr_t5.train.checkpoint_files import find_checkpoint, steps
 
 FORMATS = ("hf", "t5x", "vikhr")
@@ -148,20 +148,20 @@ def _room(folder: Path, needed: int) -> Iterator[None]:
     """Says in one line that the disk is too small, before writing or when it fills."""
     parent = next(place for place in folder.parents if place.exists())
 
-    def refusal() -> UserError:
-        free = shutil.disk_usage(parent).free
+    def refusal(what: str) -> UserError:
+        free = human(shutil.disk_usage(parent).free)
         return UserError(
-            f"{parent}: the model takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free;"
-            " nothing was written: make room, or convert with --dtype bfloat16"
+            f"{parent}: {what}: its parameters alone take {human(needed)}B and {free}B are free; nothing was written:"
+            " make room, or convert with --dtype bfloat16"
         )
 
     if shutil.disk_usage(parent).free < needed:
-        raise refusal()
+        raise refusal("no room for the model")
     try:
         yield
     except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
         told = re.search(r"os_error_code='(\d+)'", str(error))
         code = getattr(error, "errno", None) or (int(told[1]) if told else None)
         if code in (errno.ENOSPC, errno.EDQUOT):
-            raise refusal() from error
+            raise refusal("the disk filled while the model was written") from error
         raise

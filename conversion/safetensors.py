@@ -62,7 +62,7 @@ def write_sharded(
                 if (given, value.shape) != (name, shapes[name]):
                     raise ValueError(f"{name} {shapes[name]} was announced, {given} {value.shape} came")
                 for block in blocks(value, dtype):
-                    block.view(np.uint8).tofile(out)
+                    out.write(block.view(np.uint8).data)
                 advance(sizes[name])
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}

@@ -171,7 +171,7 @@ class _Writer:
             place = [part if layer is None else layer, *[0] * (len(shape) - 1)] if shape else [0]
             with open(folder / ".".join(map(str, place)), "wb") as file:
                 for block in blocks(rows, value.dtype):
-                    block.view(np.uint8).tofile(file)
+                    file.write(block.view(np.uint8).data)
         self._advance(value.nbytes)
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Exported folders: loaded by transformers, verified, sharded, atomic; and what is refused."""
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -165,9 +166,17 @@ def test_an_interrupted_export_leaves_nothing(
 
 def test_a_full_disk_is_said(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="GB are free"):
-        convert.write_model(make_model("v1.0"), tmp_path / "out", "hf", "float32")
+    with monkeypatch.context() as patched:
+        patched.setattr(convert.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(UserError, match="no room for the model"):
+            convert.write_model(make_model("v1.0"), tmp_path / "out", "hf")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors, "blocks", full)
+    with pytest.raises(UserError, match="the disk filled while the model was written"):
+        convert.write_model(make_model("v1.0"), tmp_path / "out", "hf")
     assert list(tmp_path.iterdir()) == []
 
 
