@@ -100,7 +100,10 @@ def open(
         raise UserError(f"{where} holds arrays that are neither parameters nor optimizer state: {', '.join(others)}")
     step = _step(arrays, checkpoint)
     has_moments = _has_moments(arrays, layout, where)
-    return T5xModel(arrays, layout, step, step if has_moments else None, vocabulary)
+    model = T5xModel(arrays, layout, step, step if has_moments else None, vocabulary)
+    if has_moments and not any(moment.any() for moment in model.read_moments("decoder/decoder_norm/scale").values()):
+        model.updates = None  # zeros: no update was ever done, see `write`
+    return model
 
 
 def _step(arrays: dict[str, StoredArray], checkpoint: Path) -> int:

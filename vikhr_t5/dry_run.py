@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -109,7 +110,9 @@ def _origin(model_dir: str, restore: RestoreCheckpointConfig | None) -> str:
         with contextlib.suppress(UserError):
             if path:
                 return str(find_checkpoint(path))
-    return f"{restore.path}, which is not there yet" if restore and restore.path else "fresh parameters"
+    if restore is None or not restore.path:
+        return "fresh parameters"
+    return f"{restore.path}, {'converted first' if Path(restore.path).exists() else 'which is not there yet'}"
 
 
 def _mesh(partitioner: Partitioner, batch_size: int, microbatches: int) -> Rows:
