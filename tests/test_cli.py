@@ -13,7 +13,7 @@ from vikhr_t5 import cli, packages
 from vikhr_t5.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = [["train"], ["cache"], ["preview"], ["convert"], ["report"], ["vocab", "train"]]
+COMMANDS = [["train"], ["eval"], ["infer"], ["cache"], ["preview"], ["convert"], ["report"], ["vocab", "train"]]
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_own_packages_are_known_without_importing_them(monkeypatch, tmp_path):
 )
 def test_train_starts_again_once_with_huge_pages(given, seen, tmp_path):
     (tmp_path / "seen.py").write_text("import os; print(os.environ['GLIBC_TUNABLES'], os.getpid(), flush=True)")
-    (tmp_path / "a.gin").write_text("import seen\nimport nothing_of_this_name\n")
+    (tmp_path / "a.gin").write_text("import seen\nimport nothing_of_this_name\nseen.f.x = 1\n")
     command = [sys.executable, "-m", "vikhr_t5.cli", "train", "--gin_file=a.gin"]
     environment = {**os.environ, "GLIBC_TUNABLES": given, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -48,7 +48,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "vikhr_t5": (),
     "tasks": ("tasks", "vikhr_t5.data"),
-    "conversion": ("conversion", "vikhr_t5.model", "vikhr_t5.train.checkpoints", "vikhr_t5.data.vocabulary"),
+    "conversion": (
+        "conversion",
+        "vikhr_t5.model",
+        "vikhr_t5.train.checkpoint_files",
+        "vikhr_t5.train.checkpoints",
+        "vikhr_t5.data.vocabulary",
+    ),
     "vikhr_mistral": ("vikhr_mistral", "vikhr_t5.data"),
 }
 # Third-party packages that only these files may import.
@@ -60,7 +66,7 @@ RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
         "vikhr_t5/data/preview.py",
         "vikhr_t5/eval.py",
     ),
-    TORCH: ("vikhr_mistral", "conversion/verify.py"),
+    TORCH: ("vikhr_mistral", "conversion/verify.py", "conversion/weights.py"),
     ("gin",): ("vikhr_t5/launch.py", "vikhr_t5/t5x_dialect.py"),
 }
 FILES = sorted(

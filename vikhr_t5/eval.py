@@ -9,6 +9,8 @@ import contextlib
 import json
 from typing import Any
 
+import numpy as np
+
 from vikhr_t5 import inference
 from vikhr_t5.data.pipeline import DatasetConfig
 from vikhr_t5.errors import UserError
@@ -102,6 +104,7 @@ def _seqio_metrics(
 
     if not task.metric_objs:
         return {}
+    length = max(map(len, predictions), default=0)  # seqio makes one array of them
     known = (seqio.metrics.ModelOutputType.PREDICTION, seqio.metrics.ModelOutputType.SCORE)
     for metric in task.metric_objs:
         if metric.model_output_type not in known:
@@ -121,7 +124,7 @@ def _seqio_metrics(
         computed, _ = evaluator.evaluate(
             compute_metrics=True,
             step=step,
-            predict_fn=lambda dataset: list(enumerate(predictions)),
+            predict_fn=lambda dataset: [(i, np.pad(ids, (0, length - len(ids)))) for i, ids in enumerate(predictions)],
             score_fn=lambda dataset: [(i, score.log_likelihood) for i, score in enumerate(scores)],
         )
     except ValueError as error:  # a metric function failed

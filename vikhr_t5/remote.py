@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from vikhr_t5.errors import UserError
@@ -52,7 +53,7 @@ def local_copy(path: str, instead: str) -> str:
         downloads.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(downloads).free < size:
             raise UserError(f"{path} is {human(size)}B, and {downloads} has no room: set {DOWNLOADS}; {instead}")
-        print(f"copying {path} ({human(size)}B) to {target}", flush=True)
+        print(f"copying {path} ({human(size)}B) to {target}", file=sys.stderr, flush=True)
         with atomic_path(target) as temporary:
             filesystem.get(name, str(temporary), recursive=filesystem.isdir(name))
     except UserError:
