@@ -17,6 +17,7 @@ from conversion import t5x, t5x_files
 from conversion.stored import MemoryModel, StoredModel, arrays, load
 from vikhr_t5.model import network
 from vikhr_t5.train import optimizers
+from vikhr_t5.train.optax_optimizer import OptaxOptimizer
 from vikhr_t5.train.optimizers import Adafactor, AdamW
 from vikhr_t5.train.state import EncoderDecoderModel, TrainState
 from vikhr_t5.train.step import Trainer, zero_sums
@@ -161,7 +162,18 @@ def random_tree(seed: int, scale: float = 1.0):
     )
 
 
-@pytest.mark.parametrize("optimizer", [Adafactor(), Adafactor(min_dim_size_to_factor=8), AdamW(rms_scaled=True)])
+OPTAX = OptaxOptimizer(optax.chain(optax.clip(0.5), optax.adamw(optax.linear_schedule(0.0, 0.1, 10))))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        Adafactor(),
+        Adafactor(min_dim_size_to_factor=8, beta1=0.9, max_parameter_scale=0.5),
+        AdamW(rms_scaled=True),
+        OPTAX,
+    ],
+)
 def test_a_stack_of_layers_is_updated_as_its_layers_alone(optimizer):
     """Every statistic is per layer: the layers of a stack, given as separate parameters, move the same."""
 
@@ -202,16 +214,55 @@ def test_factored_adafactor_equals_optax(dims):
     assert_close(flat(run_updates(Adafactor(), params, grads)), flat(expected), 1e-6)
 
 
+def test_adafactor_with_momentum_decay_and_clipping_equals_optax():
+    """umT5 XXL's: moments kept whole. optax too decays by a rate that the learning rate does not scale."""
+    params, grads = random_tree(0), [random_tree(s, 10.0 ** (s - 2)) for s in (1, 2, 3)]
+    del params["encoder"]["layers"]  # optax knows no stacks
+    grads = [{**g, "encoder": {"relpos_bias": g["encoder"]["relpos_bias"]}} for g in grads]
+    adafactor = optax.adafactor(0.01, factored=False, eps=1e-30, momentum=0.9, weight_decay_rate=0.002)
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), adafactor)
+    expected, state = params, theirs.init(params)
+    for g in grads:
+        updates, state = theirs.update(g, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    ours = Adafactor(factored=False, beta1=0.9, weight_decay_rate=0.002, global_norm_clip_threshold=1.0)
+    assert_close(flat(run_updates(ours, params, grads)), flat(expected), 1e-6)
+    by_rate = dataclasses.replace(ours, weight_decay_rate=0.2, weight_decay_rate_lr_exponent=1.0)  # 0.2 * 0.01
+    assert_close(flat(run_updates(by_rate, params, grads)), flat(expected), 1e-6)
+
+
+def test_adafactor_limits_the_scale_of_a_parameter():
+    params, grads = {"x": {"kernel": jnp.full((4, 4), 10.0)}}, [{"x": {"kernel": jnp.ones((4, 4))}}]
+    moved = run_updates(Adafactor(max_parameter_scale=2.0), params, grads)["x"]["kernel"]
+    np.testing.assert_allclose(moved, 10.0 - 0.01 * 2.0, rtol=1e-6)
+
+
+AXES = {
+    "token_embedder": {"embedding": ("vocab", "embed")},
+    "encoder": {
+        "layers": {"mlp": {"wi": {"kernel": ("layers", "embed", "mlp")}}, "norm": {"scale": ("layers", "embed")}},
+        "relpos_bias": {"rel_embedding": ("heads", "relpos_buckets")},
+    },
+}
+
+
+@pytest.mark.parametrize("optimizer", [Adafactor(beta1=0.9), AdamW(), OPTAX])
+def test_the_state_has_the_axes_of_its_parameters(optimizer):
+    params = random_tree(0)
+    state, axes = optimizer.init(params), optimizer.state_axes(params, AXES)
+    fits = jax.tree.map(lambda v, names: v.ndim == len(names), state, axes)
+    assert all(jax.tree.leaves(fits))
+    kernels = [
+        names
+        for names in jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple and x[:1] == ("layers",))
+        if names == ("layers", "embed", "mlp")
+    ]
+    assert len(kernels) == (1 if isinstance(optimizer, Adafactor) else 2)  # momentum; mu and nu
+
+
 def test_factored_state_is_small_and_has_axes():
     params = random_tree(0)
-    axes = {
-        "token_embedder": {"embedding": ("vocab", "embed")},
-        "encoder": {
-            "layers": {"mlp": {"wi": {"kernel": ("layers", "embed", "mlp")}}, "norm": {"scale": ("layers", "embed")}},
-            "relpos_bias": {"rel_embedding": ("heads", "relpos_buckets")},
-        },
-    }
-    state, state_axes = Adafactor().init(params), Adafactor().state_axes(params, axes)
+    state, state_axes = Adafactor().init(params), Adafactor().state_axes(params, AXES)
     kernel, kernel_axes = (tree.moments["encoder"]["layers"]["mlp"]["wi"]["kernel"] for tree in (state, state_axes))
     assert {name: v.shape for name, v in kernel.items()} == {"v_row": (3, 128), "v_col": (3, 160)}
     assert kernel_axes == {"v_row": ("layers", "embed"), "v_col": ("layers", "mlp")}
