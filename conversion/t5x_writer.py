@@ -1,5 +1,6 @@
 """Writes t5x's legacy checkpoints, array by array; the format is described in `t5x_files`."""
 
+import collections
 import contextlib
 import math
 import os
@@ -13,6 +14,7 @@ import numpy as np
 
 _CHUNK_BYTES = 2**24  # each part is compressed on its own, on all cores; t5x takes any size
 _WHOLE_BYTES = 2**24  # an array of all layers is written in one piece up to this, else layer by layer
+_PENDING_BYTES = 2**27  # being compressed and written while the next are read
 _GZIP = {"id": "gzip", "level": 1}
 
 
@@ -27,6 +29,7 @@ class LegacyWriter:
         self._folder = folder
         self._advance = advance
         self._index: dict[str, Any] = {}
+        self._pending: collections.deque[tuple[Any, np.ndarray]] = collections.deque()  # a write, and its data
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(
@@ -38,7 +41,7 @@ class LegacyWriter:
         parts: Iterable[np.ndarray],
         inline: bool = False,
     ) -> None:
-        """Write one array.
+        """Write one array; returns while the last parts of it may still be compressed.
 
         Args:
             layer_axis: -1: `parts` gives the whole array; else it gives one layer after the other. A part has any
@@ -64,9 +67,8 @@ class LegacyWriter:
         streamed = not isinstance(pieces, list) and layer_axis >= 0
         handle = self._create(name, dtype, shape, layer_axis if streamed else -1)
         for index, part in pieces:
-            with _system_errors():
-                handle[index].write(part).result()
-            self._advance(part.nbytes)
+            self._wait(_PENDING_BYTES - part.nbytes)
+            self._pending.append((handle[index].write(part), part))
 
     def _create(self, name: str, dtype: str, shape: tuple[int, ...], layer_axis: int) -> Any:
         """An empty array on disk, in parts of one layer (-1: of any) and of _CHUNK_BYTES at most."""
@@ -86,10 +88,20 @@ class LegacyWriter:
         with _system_errors():
             return tensorstore.open({**self._index[name], "kvstore": here}, create=True, open=True).result()
 
+    def _wait(self, limit: int) -> None:
+        """Until `limit` bytes at most are pending, or nothing is."""
+        while self._pending and sum(part.nbytes for _, part in self._pending) > limit:
+            write, part = self._pending.popleft()
+            with _system_errors():
+                write.result()
+            self._advance(part.nbytes)
+
     def finish(self) -> None:
+        """Wait for every write, and write the index. Raises as `put`."""
         from flax.serialization import msgpack_serialize
         from flax.traverse_util import unflatten_dict
 
+        self._wait(0)
         tree = unflatten_dict(self._index, sep="/")
         (self._folder / "checkpoint").write_bytes(msgpack_serialize({"version": 3, "optimizer": tree}))
 

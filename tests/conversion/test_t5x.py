@@ -204,6 +204,13 @@ def test_without_moments_t5x_finds_zeros_of_the_right_shapes(tmp_path: Path) -> 
     assert zeros["state/step"] == 7
 
 
+def test_a_failing_disk_is_the_systems_error_and_leaves_no_index(tmp_path: Path) -> None:
+    (tmp_path / "target.encoder.layers_0.mlp.wo.kernel").write_text("a file where a folder should be")
+    with pytest.raises(NotADirectoryError):
+        t5x.write(TrainedModel(SMALL), tmp_path)
+    assert not (tmp_path / "checkpoint").exists()
+
+
 def test_updates_other_than_the_step_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = TrainedModel(SMALL)
     model.updates = 34  # type: ignore[assignment]
