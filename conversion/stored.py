@@ -4,6 +4,7 @@ Reading is by array, so that converting a model takes the memory of its largest 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
@@ -105,15 +106,26 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
             del item
 
 
+@functools.lru_cache(1)
+def _buffer(count: int) -> np.ndarray:
+    """Bytes that are used again: fresh memory costs the kernel as much as copying into it."""
+    return np.empty(count, np.uint8)
+
+
 def blocks(value: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """`value` in C order and in `dtype`, some rows at a time; a transposed one is copied in tiles that fit a cache."""
+    """`value` in C order and in `dtype`, some rows at a time; a transposed one is copied in tiles that fit a cache.
+
+    Use each block before the next is taken: they share their memory.
+    """
     if value.ndim < 2 or value.flags.c_contiguous:
         yield np.ascontiguousarray(value, dtype)
         return
-    rows = max(_ROWS, _BLOCK_BYTES // (value.shape[1] * dtype.itemsize))
+    row_bytes = value.shape[1] * dtype.itemsize
+    rows = max(_ROWS, _BLOCK_BYTES // row_bytes)
+    buffer = _buffer(max(2 * _BLOCK_BYTES, rows * row_bytes))
     for start in range(0, len(value), rows):
         part = value[start : start + rows]
-        block = np.empty(part.shape, dtype)
+        block = buffer[: len(part) * row_bytes].view(dtype).reshape(part.shape)
         for i in range(0, part.shape[0], _ROWS):
             for j in range(0, part.shape[1], _COLUMNS):
                 block[i : i + _ROWS, j : j + _COLUMNS] = part[i : i + _ROWS, j : j + _COLUMNS]

@@ -456,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.append(os.getcwd())  # last: modules of tasks beside the user's gin files are found, ours stay first
     try:
         flags = parse(arguments)
-        if argv is None and flags.run in (_train, _eval, _infer):
+        if argv is None and flags.run in (_train, _eval, _infer, _convert):
             _use_huge_pages()
         return flags.run(flags) or 0
     except KeyboardInterrupt:
