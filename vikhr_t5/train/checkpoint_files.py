@@ -23,8 +23,8 @@ MANIFEST = "manifest.json"
 
 def seal(folder: Path) -> None:
     """Sync what was written in a checkpoint's folder, and write its manifest."""
-    # Orbax changes _CHECKPOINT_METADATA once more, after this.
-    listed = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("_CHECKPOINT_METADATA", MANIFEST)]
+    unlisted = {"_CHECKPOINT_METADATA", MANIFEST}  # Orbax changes the first once more, after this
+    listed = [path for path in folder.rglob("*") if path.is_file() and path.name not in unlisted]
     for path in listed:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
