@@ -1,5 +1,6 @@
 """Every gin file that we ship, found by glob: parsed, initialised abstractly, its figures recomputed."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from vikhr_t5 import dry_run, gin_files, launch
+from vikhr_t5 import eval as eval_script
+from vikhr_t5 import infer as infer_script
 from vikhr_t5.data.vocabulary import train_vocabulary
 from vikhr_t5.train import loop
 
@@ -107,6 +110,22 @@ def test_resolves_and_initialises(file, vocabulary_file):
     assert arguments["trainer"].learning_rate_fn(0) >= 0
     assert arguments["train_dataset_cfg"].split == "train"
     assert arguments["train_eval_dataset_cfg"].split == "validation"
+
+
+@pytest.mark.parametrize(("name", "function"), [("eval", eval_script.evaluate), ("infer", infer_script.infer)])
+def test_run_files_without_training_resolve(name, function, vocabulary_file):
+    given = [
+        "MIXTURE_OR_TASK_NAME='demo_complete'",
+        "CHECKPOINT_PATH='never/read'",
+        f"VOCABULARY_FILE={vocabulary_file!r}",
+    ]
+    given += [f"{name.upper()}_OUTPUT_DIR='never/written'"]
+    given += ["TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 32}"] if name == "infer" else []
+    launch.load([TINY, f"runs/{name}.gin"], given)
+    arguments = launch.arguments(function, supplied=["config_text"])
+    inspect.signature(function).bind(**arguments)
+    assert (arguments["dataset_cfg"].split, arguments["output_dir"]) == ("validation", "never/written")
+    assert arguments["restore_checkpoint_cfg"].path == "never/read"
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("recipes/")])

@@ -57,7 +57,7 @@ def open_tasks(config: DatasetConfig, vocabulary: AnyVocabulary) -> list[Any]:
     if not tasks:
         raise UserError(
             f"{config.mixture_or_task_name} has no split {config.split!r} (it has: {', '.join(provider.splits)}):"
-            f" --gin.DatasetConfig.split=\"'{next(iter(provider.splits), '')}'\""
+            f" --gin.DatasetConfig.split=\"'{list(provider.splits)[-1]}'\""
         )
     for task in tasks:
         cache.check_task_vocabulary(task, vocabulary)
@@ -83,7 +83,7 @@ def examples(task: Any, config: DatasetConfig) -> Iterator[Example]:
             num_epochs=1,
         )
         yield from dataset.as_numpy_iterator()
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, UserError) as error:
         if lengths is None:
             raise UserError(f"task {task.name} needs lengths: set TASK_FEATURE_LENGTHS ({error})") from error
         raise
