@@ -193,7 +193,7 @@ def test_a_stack_in_one_part_is_read_once_for_all_its_layers(monkeypatch: pytest
     assert reads.count("target/encoder/encoder/mlp/wo/kernel") == 1
 
 
-def test_without_moments_t5x_finds_zeros_of_the_right_shapes(tmp_path: Path) -> None:
+def test_without_moments_t5x_finds_zeros_of_the_right_shapes_and_we_none(tmp_path: Path) -> None:
     model = TrainedModel(LARGE)
     t5x.write(model, tmp_path / "a", scanned=False)
     bare = MemoryModel(enlarged_params(LARGE, 0), LARGE, step=7)
@@ -202,6 +202,7 @@ def test_without_moments_t5x_finds_zeros_of_the_right_shapes(tmp_path: Path) -> 
     assert {n: a.shape for n, a in zeros.items()} == {n: a.shape for n, a in with_state.items()}
     assert not any(array.any() for name, array in zeros.items() if name.startswith("state/param_states"))
     assert zeros["state/step"] == 7
+    assert (t5x.open(tmp_path / "b").step, t5x.open(tmp_path / "b").updates) == (7, None)  # zeros are no state
 
 
 def test_a_failing_disk_is_the_systems_error_and_leaves_no_index(tmp_path: Path) -> None:
