@@ -39,9 +39,7 @@ def test_a_file_and_a_folder_are_copied_once(bucket, tmp_path, capfd):
 
 
 def test_what_is_not_there_leaves_nothing(bucket, tmp_path):
-    with pytest.raises(
-        UserError, match=r"^memory:.*b.model cannot be read \(FileNotFoundError: .*\); use this$"
-    ):
+    with pytest.raises(UserError, match=r"^memory:.*b.model cannot be read \(FileNotFoundError: .*\); use this$"):
         remote.local_copy("memory://bucket/b.model", "use this")
     assert not [path for path in (tmp_path / "downloads").rglob("*") if path.is_file()]
 
@@ -67,3 +65,16 @@ def test_a_missing_driver_and_an_unknown_scheme(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(UserError, match="needs the packages fsspec and its driver of memory://"):
         remote.local_copy("memory://bucket/a.model", "use this")
+
+
+def test_no_network_is_found_out_at_once(bucket, monkeypatch):
+    def unreachable(address, timeout):
+        assert address == ("storage.googleapis.com", 443)
+        raise OSError("Name or service not known")
+
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "STORAGE_EMULATOR_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(remote.socket, "create_connection", unreachable)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda path, **options: (bucket, "/bucket/a.model"))
+    with pytest.raises(UserError, match=r"^gs://bucket/a.model cannot be read \(OSError: Name or service not known\)"):
+        remote.local_copy("gs://bucket/a.model", "use this")

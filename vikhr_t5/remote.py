@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def local_copy(path: str, instead: str) -> str:
     except ValueError as error:
         raise UserError(f"{path}: {_line(error)}; {instead}") from error
     try:
+        _check_network(scheme)
         size = filesystem.du(name)
         downloads.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(downloads).free < size:
@@ -63,6 +65,13 @@ def local_copy(path: str, instead: str) -> str:
             target.parent.rmdir()  # an empty folder says nothing
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {_line(error)}); {instead}") from error
     return str(target)
+
+
+def _check_network(scheme: str) -> None:
+    """OSError at once where Google cannot be reached: gcsfs takes two minutes, and logs each attempt, to find out."""
+    elsewhere = {"https_proxy", "all_proxy", "storage_emulator_host"}
+    if scheme == "gs" and not elsewhere & {name.lower() for name in os.environ}:
+        socket.create_connection(("storage.googleapis.com", 443), timeout=10).close()
 
 
 def _google_token() -> str | None:
