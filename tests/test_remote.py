@@ -6,6 +6,7 @@ import fsspec
 import pytest
 
 from vikhr_t5 import remote
+from vikhr_t5.data.vocabulary import Vocabulary
 from vikhr_t5.errors import UserError
 
 
@@ -36,6 +37,14 @@ def test_a_file_and_a_folder_are_copied_once(bucket, tmp_path, capfd):
     bucket.pipe("/bucket/a.model", b"others")
     assert open(remote.local_copy("memory://bucket/a.model", ""), "rb").read() == b"pieces"  # noqa: SIM115
     assert capfd.readouterr().err == ""
+
+
+def test_a_remote_vocabulary_is_read_from_its_copy(bucket, tmp_path):
+    vocabulary = Vocabulary("memory://bucket/a.model", 10)
+    assert vocabulary.sentencepiece_model_file == str(tmp_path / "downloads/memory/bucket/a.model")
+    assert vocabulary.model_bytes == b"pieces"
+    with pytest.raises(UserError, match="or set VOCABULARY_FILE to a local copy"):
+        Vocabulary("memory://bucket/b.model")
 
 
 def test_what_is_not_there_leaves_nothing(bucket, tmp_path):

@@ -25,6 +25,7 @@ from sentencepiece import sentencepiece_model_pb2
 from vikhr_t5.data.byte_vocabulary import PADDED_TO, ByteVocabulary
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path
+from vikhr_t5.remote import local_copy
 
 DEFAULT_MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]", "<LM>", "<SC1>", "<SC2>", "<SC3>", "<SC4>", "<SC5>", "<SC6>")
 
@@ -38,7 +39,7 @@ class Vocabulary:
     """A SentencePiece model with sentinels above it. The file is read at first use; copies and pickles are light.
 
     Args:
-        sentencepiece_model_file: path of the `.model` file.
+        sentencepiece_model_file: path of the `.model` file; a remote one (gs://…) is copied first (remote.py).
         extra_ids: number of sentinels.
 
     Raises (at first use):
@@ -52,7 +53,8 @@ class Vocabulary:
     def __init__(self, sentencepiece_model_file: str, extra_ids: int = 300):
         if extra_ids < 0:
             raise UserError(f"extra_ids is {extra_ids}; the number of sentinels cannot be negative")
-        self.sentencepiece_model_file = os.fspath(sentencepiece_model_file)
+        local = "or set VOCABULARY_FILE to a local copy"
+        self.sentencepiece_model_file = local_copy(os.fspath(sentencepiece_model_file), local)
         self.extra_ids = extra_ids
 
     def __getstate__(self) -> dict[str, Any]:
