@@ -36,14 +36,13 @@ def write_checkpoint(folder: Path, config: T5Config, dtype: str, vocabulary: Voc
 
     from conversion.stored import shapes
     from vikhr_t5.train.checkpoint_files import seal
-    from vikhr_t5.train.checkpoints import to_save
+    from vikhr_t5.train.checkpoints import handler, to_save
 
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     sizes = {name: int(np.prod(shape)) for name, shape in shapes(config).items()}
     buffer = np.random.default_rng(0).standard_normal(max(sizes.values()), np.float32).astype(kind)
     flat = {tuple(name.split("/")): buffer[: sizes[name]].reshape(shape) for name, shape in shapes(config).items()}
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=2)
-    ocp.Checkpointer(handler).save(folder / "params", args=to_save(unflatten_dict(flat)))
+    ocp.Checkpointer(handler()).save(folder / "params", args=to_save(unflatten_dict(flat)))
     (folder / "progress.json").write_text(json.dumps({"step": 1, "first_step": 0, "seed": 0, "tokens": 0}))
     (folder / "model_config.json").write_text(config.to_json())
     (folder / "vocabulary").mkdir()
