@@ -507,6 +507,11 @@ def test_names_of_one_kind_do_not_silently_miss_the_other(folder):
     theirs = RUN.replace("t5x/configs/runs/pretrain.gin", "runs/pretrain.gin")
     write("c.gin", theirs.replace("train_script.train:\n  eval_period = 10\n  eval_steps = 1\n", ""))
     assert "utils.DatasetConfig is bound and has no effect" in refused(files=["c.gin"])
+    # The configuration of the run that is evaluated is no mistake.
+    write("e.gin", "include 'runs/eval.gin'\ninclude 'run.gin'\nCHECKPOINT_PATH = 'run'\nEVAL_OUTPUT_DIR = 'out'\n")
+    arguments = resolve(files=["e.gin"], function=eval_script.evaluate)
+    assert launch.idle() == []
+    assert arguments["restore_checkpoint_cfg"].path == "run"
     write("d.gin", theirs)
     assert "bind both loop.train and train_script.train" in refused(files=["d.gin"])
 

@@ -21,6 +21,7 @@ from vikhr_t5 import t5x_dialect
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.gin_files import GinFiles, parameter_key, shown
 
+ENTRIES = ("train", "evaluate", "infer")  # functions that commands call
 _LOCATION = re.compile(r'\n  In (?:file "(?P<file>.*?)",|bindings string) line (?P<line>\d+)')
 # What may stand on the command line without inner quotes: /a/b, ./a, ../a, ~/a, a/b, gs://a/b.
 _PATH_VALUE = re.compile(r"^(?:(?:~|\.{1,2})?/|[A-Za-z_][\w.+-]*:?/)\S*$")
@@ -147,7 +148,7 @@ def _check_names_meet() -> None:
     """UserError where t5x's name of a thing is bound, and the run is made with ours, or the other way round."""
     bound = {selector for _, selector in gin.config._CONFIG}
     used = {selector for _, selector in gin.config._OPERATIVE_CONFIG}
-    for c in _registered():
+    for c in [] if _has_another_run() else _registered():
         twin = gin.config._inverse_lookup(getattr(c.wrapped, "stands_for", None) or c.wrapped)
         if twin is None or twin is c:
             continue
@@ -160,8 +161,16 @@ def _check_names_meet() -> None:
                 )
 
 
+def _has_another_run() -> bool:
+    """Whether the files bind another command, too: the configuration of the run that is evaluated."""
+    idle = {selector for _, selector in gin.config._CONFIG} - {selector for _, selector in gin.config._OPERATIVE_CONFIG}
+    return any(c.selector in idle and c.wrapped.__name__ in ENTRIES for c in _registered())
+
+
 def idle() -> list[str]:
     """Of t5x's names, those that are bound and that nothing in this launch uses, in their scopes."""
+    if _has_another_run():
+        return []
     used = gin.config._OPERATIVE_CONFIG
     macros = _macros()
 
