@@ -77,6 +77,21 @@ def test_the_demo_for_t5x_is_the_demo_model_and_data(vocabulary_file: str) -> No
     assert theirs["total_steps"] == ours["total_steps"]
 
 
+@pytest.mark.parametrize("network", ["t5", "scalable_t5"])
+def test_scanned_models_have_their_kernels_factored_whatever_their_size(network: str, vocabulary_file: str) -> None:
+    files = [f"t5x/examples/{network}/t5_1_1/base.gin", "t5x/configs/runs/pretrain.gin"]
+    launch.load(
+        files,
+        ["MODEL_DIR='never/written'", "MIXTURE_OR_TASK_NAME='demo_ul2'", "TRAIN_STEPS=1", "DROPOUT_RATE=0.0",
+         "TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 32}", "T5Config.emb_dim=16", "T5Config.vocab_size=2048",
+         f"SentencePieceVocabulary.sentencepiece_model_file={vocabulary_file!r}"],
+    )  # fmt: skip
+    moments = launch.arguments(loop.train, supplied=["config_text"])["model"].abstract_state().opt_state.moments
+    kernel = moments["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    assert set(kernel) == ({"v_row", "v_col"} if network == "scalable_t5" else {"v"})
+    assert set(moments["token_embedder"]["embedding"]) == {"v"}
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_what_t5x_would_read_is_t5x_alone(file: Path) -> None:
     """Includes are files that t5x has; imports are t5x's, seqio's, and our tasks; the head tells how to run it."""

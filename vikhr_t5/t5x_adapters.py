@@ -190,6 +190,9 @@ class EncoderDecoderModel(state.EncoderDecoderModel):
         _accept(f"{name}.decode_fn", decode_fn, [None], "decoding is greedy; remove it")
         _accept(f"{name}.feature_converter_cls", feature_converter_cls, [None], "rows are made by data/pipeline.py")
         _accept(f"{name}.default_decoder_params", default_decoder_params, [None], "decoding is greedy; remove it")
+        if module.config.relative_bias_per_layer and isinstance(optimizer_def, optimizers.Adafactor):
+            # scalable_t5: t5x factors its scanned kernels by the names of their axes, whatever their size.
+            optimizer_def = dataclasses.replace(optimizer_def, factor_layer_kernels=True)
         super().__init__(
             module, input_vocabulary, output_vocabulary, optimizer_def, z_loss, label_smoothing, loss_normalizing_factor
         )

@@ -52,7 +52,7 @@ class Trained(MemoryModel):
         for name, array in flat(params).items():
             stacked = "/layers/" in name
             v = rng.random(array.shape).astype(np.float32) ** 4 + 1e-3
-            dims = optimizer._factored_dims(array.shape[stacked:])
+            dims = optimizer._factored_dims(array.shape[stacked:], ())
             if dims is None:
                 self.moments[f"{name}/v"] = v
             else:

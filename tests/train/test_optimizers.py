@@ -68,7 +68,7 @@ def test_one_step_from_a_converted_checkpoint_equals_t5x(name, kind, stored, tmp
     """Loss, gradient and update from t5x's state at step 200; the result, written for t5x, is what t5x had then."""
     scanned = name == "scan_d64"
     model = t5x.open(REFERENCE / name / stored / "checkpoint_200")
-    optimizer = FactorsScannedKernels() if scanned else Adafactor()
+    optimizer = Adafactor(factor_layer_kernels=scanned)
     state = run_steps(converted(model), reference_batch(name, kind), optimizer, 1, scanned)
 
     t5x.write(StateModel(state, model.config), tmp_path / "checkpoint_201", scanned=scanned)
@@ -117,7 +117,7 @@ def test_steps_1_and_3_from_a_fresh_optimizer_equal_t5x(name):
     steps = load_arrays(name, "fresh_adafactor_steps.npz")
     expected1, expected3 = (to_ours(under(steps, f"after_step{n}/target/")) for n in (1, 3))
     params, batch = reference_params(name), reference_batch(name, "plain")
-    optimizer = FactorsScannedKernels() if scanned else Adafactor()
+    optimizer = Adafactor(factor_layer_kernels=scanned)
     state = run_steps(TrainState(jnp.int32(0), params, optimizer.init(params)), batch, optimizer, 1, scanned)
 
     # A first update is +-lr * RMS(p) however small the gradient. Where the gradient is zero but for rounding (one
@@ -130,14 +130,6 @@ def test_steps_1_and_3_from_a_fresh_optimizer_equal_t5x(name):
             assert v[where].max() < 1e-12 * v.max()
     state = state._replace(params=jax.tree.map(np.where, undecided, expected1, state.params))
     assert_close(flat(run_steps(state, batch, optimizer, 2, scanned).params), flat(expected3), 1e-5)
-
-
-class FactorsScannedKernels(Adafactor):
-    """t5x factors tensors of rank > 2 (the scanned kernels) whatever their size, and the others from 128 on."""
-
-    def _factored_dims(self, shape):
-        kernel = len(shape) == 2 and 1024 not in shape and 32 not in shape
-        return tuple(sorted((0, 1), key=lambda dim: shape[dim])) if kernel else None
 
 
 def assert_close(found, expected, tolerance):

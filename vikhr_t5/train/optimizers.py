@@ -6,6 +6,7 @@ scaling by the parameter's RMS, factoring - is vmapped over that axis, so stacki
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -65,6 +66,7 @@ class Adafactor:
       weight_decay_rate_lr_exponent: multiply that rate (1 where it is None) by learning_rate to this power.
       global_norm_clip_threshold: gradients are first scaled to this global norm where theirs is larger.
       max_parameter_scale: the upper limit of RMS(p) above.
+      factor_layer_kernels: a layer's kernels are factored whatever their size, as those of t5x's scanned models.
     """
 
     decay_rate: float = 0.8
@@ -80,6 +82,7 @@ class Adafactor:
     weight_decay_rate_lr_exponent: float | None = None
     global_norm_clip_threshold: float | None = None
     max_parameter_scale: float | None = None
+    factor_layer_kernels: bool = False
 
     def init(self, params: Tree) -> AdafactorState:
         return AdafactorState(jnp.zeros((), jnp.int32), _map_tensors(self._init_tensor, params))
@@ -92,8 +95,10 @@ class Adafactor:
         count = state.updates + 1
         beta = 1.0 - (count - self.step_offset).astype(jnp.float32) ** -self.decay_rate
 
-        def tensor(p: jax.Array, g: jax.Array, moments: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return self._update_tensor(p, g, moments, beta, learning_rate)
+        def tensor(
+            path: tuple, p: jax.Array, g: jax.Array, moments: dict[str, jax.Array]
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return self._update_tensor(path, p, g, moments, beta, learning_rate)
 
         pairs = _map_tensors(tensor, params, grads, state.moments)
         updates, moments = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
@@ -103,7 +108,7 @@ class Adafactor:
         def tensor(path: tuple, p: Any, names: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
             stacked = _is_stacked(path)
             momentum = {} if self.beta1 is None else {"m": names}
-            dims = self._factored_dims(p.shape[stacked:])
+            dims = self._factored_dims(p.shape[stacked:], path)
             if dims is None:
                 return {"v": names, **momentum}
             row, column = (dim + stacked for dim in dims)
@@ -112,15 +117,16 @@ class Adafactor:
 
         return AdafactorState((), jax.tree_util.tree_map_with_path(tensor, params, axes))  # type: ignore[arg-type]
 
-    def _factored_dims(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    def _factored_dims(self, shape: tuple[int, ...], path: tuple) -> tuple[int, int] | None:
         """(row, column): the second largest and the largest dimension; None where v is kept whole."""
         order = sorted(range(len(shape)), key=lambda dim: shape[dim])
-        if not self.factored or len(shape) < 2 or shape[order[-2]] < self.min_dim_size_to_factor:
+        any_size = self.factor_layer_kernels and _is_stacked(path) and path[-1].key == "kernel"
+        if not self.factored or len(shape) < 2 or (shape[order[-2]] < self.min_dim_size_to_factor and not any_size):
             return None
         return order[-2], order[-1]
 
-    def _init_tensor(self, p: jax.Array) -> dict[str, jax.Array]:
-        dims = self._factored_dims(p.shape)
+    def _init_tensor(self, path: tuple, p: jax.Array) -> dict[str, jax.Array]:
+        dims = self._factored_dims(p.shape, path)
         zeros = jnp.zeros(p.shape, jnp.float32)
         momentum = {} if self.beta1 is None else {"m": zeros}
         if dims is None:
@@ -129,11 +135,17 @@ class Adafactor:
         return {"v_row": zeros.mean(column), "v_col": zeros.mean(row), **momentum}
 
     def _update_tensor(
-        self, p: jax.Array, g: jax.Array, moments: dict[str, jax.Array], beta: jax.Array, learning_rate: jax.Array
+        self,
+        path: tuple,
+        p: jax.Array,
+        g: jax.Array,
+        moments: dict[str, jax.Array],
+        beta: jax.Array,
+        learning_rate: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         g = g.astype(jnp.float32)
         square = jnp.square(g) + self.epsilon1
-        dims = self._factored_dims(p.shape)
+        dims = self._factored_dims(p.shape, path)
         previous = moments.get("m")
         if dims is None:
             v = beta * moments["v"] + (1 - beta) * square
@@ -189,7 +201,7 @@ class AdamW:
     ) -> tuple[Tree, optax.ScaleByAdamState]:
         directions, state = self._adam.update(grads, state)
         if self.rms_scaled:
-            directions = _map_tensors(lambda p, u: u * jnp.maximum(_rms(p), self.MIN_RMS), params, directions)
+            directions = _map_tensors(lambda _, p, u: u * jnp.maximum(_rms(p), self.MIN_RMS), params, directions)
 
         def tensor(path: tuple, p: jax.Array, u: jax.Array) -> jax.Array:
             decay = self.weight_decay if path[-1].key in ("kernel", "embedding") else 0.0
@@ -220,9 +232,10 @@ def _is_stacked(path: tuple) -> bool:
 
 
 def _map_tensors(function: Callable, params: Tree, *trees: Tree) -> Tree:
-    """Apply `function` to each tensor of `params` and what stands there in `trees`: to each layer of a stack alone."""
+    """function(path, tensor, *what `trees` have there) for each tensor of `params`: of a stack, for each layer."""
 
     def apply(path: tuple, p: jax.Array, *rest: Any) -> Any:
-        return (jax.vmap(function) if _is_stacked(path) else function)(p, *rest)
+        one = functools.partial(function, path)
+        return (jax.vmap(one) if _is_stacked(path) else one)(p, *rest)
 
     return jax.tree_util.tree_map_with_path(apply, params, *trees)
