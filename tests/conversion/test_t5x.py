@@ -254,6 +254,21 @@ def test_a_model_dir_means_its_newest_checkpoint(tmp_path: Path) -> None:
     assert not t5x.is_checkpoint(tmp_path / "checkpoint_200.tmp-17")
 
 
+def test_an_index_that_was_written_in_a_bucket_means_the_folders_beside_it(legacy: Path) -> None:
+    """As in the public checkpoints: another driver, and the path where TensorStore had it before 0.1.14."""
+
+    def to_bucket(root: dict) -> None:
+        leaves = flatten_dict(root["optimizer"], is_leaf=lambda _, node: "driver" in node).values()
+        for leaf in (leaf for leaf in leaves if isinstance(leaf, dict)):
+            leaf["path"] = leaf["kvstore"]["path"].rstrip("/")
+            leaf["kvstore"] = {"driver": "gcs", "bucket": "t5x-dummy-bucket"}
+            description = legacy / leaf["path"] / ".zarray"
+            description.write_text(description.read_text().replace('"dimension_separator":".",', ""))
+
+    edit_index(legacy, to_bucket)
+    assert_same(raw(legacy), raw(reference("t511_d64")))
+
+
 @pytest.mark.parametrize(
     ("path", "told"), [("nowhere", "no such folder"), (".", "no t5x checkpoint"), ("gs://t5/x", "not on this machine")]
 )
