@@ -329,6 +329,29 @@ def test_first_steps_then_fine_tuning_then_a_resume(folder):
     assert run(resolve("TRAIN_STEPS=4", files=["second/config.gin"])) == 4
 
 
+@pytest.mark.parametrize(
+    ("network", "checkpoint"), [("t5", "t511_d64/ckpt_orbax"), ("scalable_t5", "scan_d64/ckpt_legacy")]
+)
+def test_first_steps_from_a_checkpoint_of_t5x(network, checkpoint, folder, capfd, monkeypatch):
+    """The files of t5x's model and run, and its own checkpoint, through the command."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sizes = {"vocab_size": 1024, "emb_dim": 64, "num_heads": 4, "head_dim": 16, "mlp_dim": 128}
+    sizes |= {"num_encoder_layers": 2, "num_decoder_layers": 2, "dtype": "'float32'"}
+    argv = ["train", f"--gin_file=t5x/examples/{network}/t5_1_1/base.gin", "--gin_file=t5x/configs/runs/finetune.gin"]
+    argv += [f"--gin.T5Config.{name}={value}" for name, value in sizes.items()]
+    argv += ["--gin.SentencePieceVocabulary.sentencepiece_model_file='small.model'", "--gin.MIXTURE_OR_TASK_NAME='a'"]
+    argv += ["--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 12}", "--gin.TRAIN_STEPS=202", "--gin.BATCH_SIZE=8"]
+    argv += [
+        f"--gin.INITIAL_CHECKPOINT_PATH={ROOT}/tests/reference/{checkpoint}/checkpoint_200",
+        "--gin.MODEL_DIR='run'",
+    ]
+    with mock.patch.object(loop, "open_dataset", lambda config, _: TinyDataset(config)):
+        assert cli.main([*argv, "--gin.MODEL_DIR='run'", "--gin.train.eval_period=0"]) == 0, capfd.readouterr().err
+    assert "step 200 of 202" in capfd.readouterr().err
+    config = json.loads((folder / "run/checkpoints/202/model_config.json").read_text())
+    assert config["relative_bias_per_layer"] == (network == "scalable_t5")
+
+
 OPTAX = """
 from __gin__ import dynamic_registration
 from t5x import optimizers

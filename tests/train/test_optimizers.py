@@ -223,6 +223,13 @@ def test_adafactor_with_momentum_decay_and_clipping_equals_optax():
     assert_close(flat(run_updates(by_rate, params, grads)), flat(expected), 1e-6)
 
 
+def test_a_fresh_adafactor_begins_at_its_step_offset():
+    """As after pre-training for a million steps: a checkpoint without moments must not give a negative count."""
+    params, grads = random_tree(0), [random_tree(1), random_tree(2)]
+    offset = run_updates(Adafactor(step_offset=1_000_000), params, grads)
+    assert_close(flat(offset), flat(run_updates(Adafactor(), params, grads)), 0)
+
+
 def test_adafactor_limits_the_scale_of_a_parameter():
     params, grads = {"x": {"kernel": jnp.full((4, 4), 10.0)}}, [{"x": {"kernel": jnp.ones((4, 4))}}]
     moved = run_updates(Adafactor(max_parameter_scale=2.0), params, grads)["x"]["kernel"]

@@ -44,8 +44,8 @@ class OptimizerDef(Protocol):
 
 
 class AdafactorState(NamedTuple):
-    """updates: how many were done, int32. moments: per parameter {"v"} or, factored, {"v_row", "v_col"}, and with
-    momentum {"m"}."""
+    """updates: how many were done, int32; a fresh state begins at step_offset. moments: per parameter {"v"} or,
+    factored, {"v_row", "v_col"}, and with momentum {"m"}."""
 
     updates: jax.Array
     moments: Tree
@@ -85,7 +85,7 @@ class Adafactor:
     factor_layer_kernels: bool = False
 
     def init(self, params: Tree) -> AdafactorState:
-        return AdafactorState(jnp.zeros((), jnp.int32), _map_tensors(self._init_tensor, params))
+        return AdafactorState(jnp.full((), self.step_offset, jnp.int32), _map_tensors(self._init_tensor, params))
 
     def update(
         self, grads: Tree, state: AdafactorState, params: Tree, learning_rate: jax.Array
