@@ -208,6 +208,7 @@ def test_dry_run_shows_model_data_mesh_memory(vocabulary_file):
     model = arguments["model"]
     assert f"({model.config.param_count():,})" in text
     assert "data 1, fsdp 1, tensor 1" in text
+    assert "optimizer Adafactor data" in text  # nothing differs from its defaults
     assert "demo_ul2/train" in text
     assert "not cached" in text
     assert "8 rows" in text

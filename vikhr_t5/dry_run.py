@@ -1,6 +1,7 @@
 """`vikhr-t5 train --dry_run`: everything resolved, nothing computed; model, data, mesh and memory in one table."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -64,8 +65,15 @@ def _model(model: EncoderDecoderModel) -> Rows:
             "vocabulary",
             f"{v.size:,} ids ({v.num_sentinels} sentinels) in {c.vocab_size:,} rows: {v.source}",
         ),
-        ("optimizer", str(model.optimizer)),
+        ("optimizer", _settings(model.optimizer)),
     ]
+
+
+def _settings(optimizer: Any) -> str:
+    """Its name, and what differs from its defaults."""
+    changed = [f for f in dataclasses.fields(optimizer) if getattr(optimizer, f.name) != f.default]
+    shown = ", ".join(f"{f.name} {getattr(optimizer, f.name)}" for f in changed if f.name != "transformation")
+    return type(optimizer).__name__ + (f": {shown}" if shown else "")
 
 
 def _data(model: EncoderDecoderModel, config: DatasetConfig) -> Rows:

@@ -296,7 +296,7 @@ def ensure_cached(
         return open_cached(cache_dir, mixture_or_task, split, vocabulary.fingerprint())
     except (CacheMissing, CacheStale) as error:
         if module is None:
-            raise
+            raise type(error)(f"{error}; or set MIXTURE_OR_TASK_MODULE to the module that registers it") from None
         reason = str(error) if isinstance(error, CacheStale) else f"{mixture_or_task}/{split} is not cached yet"
         if importlib.util.find_spec("seqio") is None:
             raise UserError(f"{reason}; {NEEDS_SEQIO}") from error
