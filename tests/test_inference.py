@@ -1,0 +1,128 @@
+"""Predictions and scores of a checkpoint: those of the model, whatever the batch size; what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import run, tiny_model
+
+from vikhr_t5 import infer as infer_script
+from vikhr_t5 import inference
+from vikhr_t5.data.pipeline import DatasetConfig
+from vikhr_t5.errors import UserError
+from vikhr_t5.model import decoding
+from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
+from vikhr_t5.train.partitioning import Partitioner
+
+LENGTHS = {"inputs": 12, "targets": 7}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run(folder, 2, evaluate=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examples():
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in (3, 9, 11, 1, 20):  # the last is longer than LENGTHS
+        tokens = rng.integers(3, 90, length).astype(np.int32)
+        rows.append({"inputs": np.append(tokens, 1), "targets": np.append(tokens[: 1 + length // 2], 1)})
+    return rows
+
+
+def predictor(checkpoint, batch_size, **options):
+    restore = RestoreCheckpointConfig(str(checkpoint))
+    return inference.Predictor(tiny_model(z_loss=0.3), Partitioner(), restore, batch_size, **options)
+
+
+def test_scores_are_the_models_losses_without_z_loss(checkpoint, examples):
+    p = predictor(checkpoint, 2)
+    model = tiny_model(z_loss=0.0)
+    scores = p.score(examples, LENGTHS)
+    for example, score in zip(examples, scores, strict=True):
+        targets = np.zeros((1, LENGTHS["targets"]), np.int32)
+        ids = example["targets"][: LENGTHS["targets"]]
+        targets[0, : len(ids)] = ids
+        inputs = np.zeros((1, LENGTHS["inputs"]), np.int32)
+        ids = example["inputs"][: LENGTHS["inputs"]]
+        inputs[0, : len(ids)] = ids
+        weights = jnp.asarray(targets > 0, jnp.float32)
+        batch = {
+            "encoder_input_tokens": inputs,
+            "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": weights,
+            "decoder_source_ids": np.ones_like(targets),
+        }
+        loss, sums = model.loss_sums(p.params, batch, weights, 1)
+        assert score.log_likelihood == pytest.approx(-float(loss), rel=1e-5)
+        assert (score.tokens, score.correct) == (int(weights.sum()), int(sums["correct"]))
+
+
+def test_neither_the_batch_size_nor_padding_changes_an_answer(checkpoint, examples):
+    small, large = predictor(checkpoint, 2), predictor(checkpoint, 8)
+    answers = small.predict(examples, LENGTHS)
+    assert answers == large.predict(examples, LENGTHS)
+    assert len(answers) == len(examples)
+    scores = [np.array([s.log_likelihood for s in p.score(examples, LENGTHS)]) for p in (small, large)]
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+    # Each row alone, straight from the decoder.
+    for example, answer in zip(examples[:4], answers, strict=False):
+        tokens = jnp.asarray(example["inputs"])[None]
+        found = decoding.greedy(small.params, small.model.config, tokens, LENGTHS["targets"], vocab_size=100)[
+            0
+        ].tolist()
+        assert answer == (found[: found.index(0)] if 0 in found else found)
+
+
+def test_parameters_are_rounded_where_that_is_asked_for(checkpoint):
+    exact, rounded = (predictor(checkpoint, 2, dtype=dtype).params for dtype in ("float32", "bfloat16"))
+    differ = jax.tree.map(lambda a, b: bool((a != b).any()), exact, rounded)
+    assert any(jax.tree.leaves(differ))
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
+        np.testing.assert_array_equal(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
+        assert b.dtype == jnp.float32
+
+
+def test_what_is_refused(checkpoint, tmp_path):
+    restore = RestoreCheckpointConfig(str(checkpoint))
+    with pytest.raises(UserError, match="set CHECKPOINT_PATH"):
+        inference.Predictor(tiny_model(), Partitioner(), RestoreCheckpointConfig(), 2)
+    with pytest.raises(UserError, match="no such folder"):
+        inference.Predictor(tiny_model(), Partitioner(), RestoreCheckpointConfig(str(tmp_path / "no")), 2)
+    config = DatasetConfig("a", LENGTHS, "validation", 2)
+    given = (tiny_model(), config, restore, Partitioner(), str(tmp_path))
+    with pytest.raises(UserError, match="'predct' is unknown"):
+        infer_script.infer("predct", *given)
+    with pytest.raises(UserError, match=r"infer\.shard_id 3 is not one of 3: give 0 to 2"):
+        infer_script.infer("predict", *given, shard_id=3, num_shards=3)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="task a has no examples"):
+        inference.longest([], "a")
+
+
+class Words:
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def test_texts_are_those_of_the_task_or_decoded():
+    example = {
+        "inputs": np.array([5, 1]),
+        "inputs_pretokenized": "ёж".encode(),
+        "options_pretokenized": np.array([b"a", "б".encode()], object),
+        "weight_pretokenized": np.float32(0.5),
+    }
+    texts = inference.plain(example, Words())
+    assert json.loads(json.dumps(texts)) == {
+        "inputs_pretokenized": "ёж",
+        "options_pretokenized": ["a", "б"],
+        "weight_pretokenized": 0.5,
+    }
+    assert inference.plain({"inputs": np.array([5, 1])}, Words()) == {"inputs": "5 1"}
