@@ -4,8 +4,8 @@
     python benchmarks/convert_time.py --vocabulary spiece.model --dtype bfloat16 --layers 4
 
 Random weights are written as the trainer writes them. Each conversion is `vikhr-t5 convert --no-verify` as a process of
-its own, whose start counts; the copy reads and writes the Hugging Face files and syncs them, as the conversions do.
-Before each, the files that it reads are dropped from the page cache.
+its own, whose start counts; a copy of what it reads, synced as the conversions sync, is timed before and after each,
+since disks of shared machines change their speed. Before all of them, the files to read leave the page cache.
 """
 
 import argparse
@@ -77,14 +77,19 @@ def converted(source_format: str, destination_format: str, source: Path, destina
     return {"seconds": time.perf_counter() - start, "peak_gb": usage.ru_maxrss * 1024 / 1e9, "cpu": usage.ru_utime}
 
 
-def copied(source: Path, destination: Path) -> float:
+def copied(source: Path) -> float:
+    """Seconds that a plain copy takes."""
     forget(source)
+    destination = source.with_name("copy")
     start = time.perf_counter()
     shutil.copytree(source, destination)
-    for path in destination.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    return time.perf_counter() - start
+    for path in destination.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(destination)
+    return seconds
 
 
 def main() -> None:
@@ -107,21 +112,23 @@ def main() -> None:
         )
         writer.start()
         writer.join()
-        rows: dict[str, Any] = {"vikhr -> hf": converted("vikhr", "hf", work / "1", work / "hf")}
-        shutil.rmtree(work / "1")
-        size = sum(path.stat().st_size for path in (work / "hf").iterdir())
-        seconds = [copied(work / "hf", work / "copy")]
-        shutil.rmtree(work / "copy")
-        rows["hf -> vikhr"] = converted("hf", "vikhr", work / "hf", work / "2")
-        shutil.rmtree(work / "2")
-        seconds.append(copied(work / "hf", work / "copy"))
-    copy = sum(seconds) / 2
+        rows: dict[str, Any] = {}
+        for source_format, destination_format, source, destination in (
+            ("vikhr", "hf", work / "1", work / "hf"),
+            ("hf", "vikhr", work / "hf", work / "2"),
+        ):
+            before = copied(source)
+            row = converted(source_format, destination_format, source, destination)
+            rows[f"{source_format} -> {destination_format}"] = {**row, "copies": [before, copied(source)]}
+            shutil.rmtree(source)
+        size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
     print(f"\n{config.param_count() / 1e9:.2f}B parameters, {options.dtype}, {size / 1e9:.1f} GB\n")
-    print("                 seconds   GB/s   times a copy   peak GB   processor s")
-    print(f"plain copy       {copy:7.1f} {size / 1e9 / copy:6.2f}   ({seconds[0]:.1f} and {seconds[1]:.1f})")
+    print("                 seconds   GB/s   copies: before, after   times their mean   peak GB   processor s")
     for name, row in rows.items():
-        rate = f"{row['seconds']:7.1f} {size / 1e9 / row['seconds']:6.2f} {row['seconds'] / copy:14.2f}"
-        print(f"{name:16s} {rate} {row['peak_gb']:9.2f} {row['cpu']:13.1f}")
+        before, after = row["copies"]
+        rate = f"{row['seconds']:7.1f} {size / 1e9 / row['seconds']:6.2f} {before:16.1f} {after:6.1f}"
+        ratio = row["seconds"] / (before + after) * 2
+        print(f"{name:16s} {rate} {ratio:18.2f} {row['peak_gb']:9.2f} {row['cpu']:13.1f}")
 
 
 if __name__ == "__main__":
