@@ -76,7 +76,8 @@ def write_model(
         folder = t5x.folder_for(folder, model.step)
     _check_replaceable(folder)
     total = model.config.param_count() * DTYPES[kind].itemsize
-    shown = Progress(f"writing {destination}", total, unit="bytes")
+    more = destination_format == "t5x" or (destination_format == "vikhr" and model.updates is not None)
+    shown = Progress(f"writing {destination}", None if more else total, unit="bytes")  # optimizer state comes on top
     with _room(folder, total), atomic_path(folder) as temporary, shown as progress:
         if destination_format == "hf":
             huggingface.write(model, temporary, kind, limit, folder.name, progress.advance, license)
