@@ -93,15 +93,17 @@ def verify(
     source_format: str,
     destination: str | os.PathLike[str],
     destination_format: str,
+    with_transformers: bool = True,
 ) -> bool:
-    """Is what `write_model` wrote the same model? With transformers on the Hugging Face side where there is one.
+    """Is what `write_model` wrote the same model? Prints a table or a line; deletes nothing.
 
-    Prints a table or a line; deletes nothing. Between two formats without transformers' part, every array is compared.
+    Args:
+        with_transformers: compute with it where one side is Hugging Face's. Elsewhere every array is compared.
     """
     from conversion import verify as comparison  # JAX's compiler and, in there, torch
 
     written = open_model(destination, destination_format, model.vocabulary, model.config)
-    if (source_format == "hf") == (destination_format == "hf"):
+    if not with_transformers or (source_format == "hf") == (destination_format == "hf"):
         same = comparison.same_arrays(model, written)
         print(f"{destination}: every array is {'equal to' if same else 'compared, and some DIFFER from'} {source}'s")
         return same

@@ -355,12 +355,13 @@ def _convert(flags: argparse.Namespace) -> int:
         license=flags.license,
     )
     print(f"written: {flags.destination}")
-    if flags.verify is None and "hf" in (flags.from_format, flags.to_format) and not find_spec("transformers"):
-        print("not verified: transformers is not installed (pip install 'vikhr-t5[hf]')")
-        return 0
     if flags.verify is False:
         return 0
-    same = convert.verify(model, flags.source, flags.from_format, flags.destination, flags.to_format)
+    formats = flags.from_format, flags.to_format
+    with_transformers = bool(flags.verify or find_spec("transformers"))
+    if "hf" in formats and not with_transformers:
+        print("transformers is not installed (pip install 'vikhr-t5[hf]'): arrays are compared, nothing is computed")
+    same = convert.verify(model, flags.source, formats[0], flags.destination, formats[1], with_transformers)
     return 0 if same else 1
 
 

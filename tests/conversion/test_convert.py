@@ -108,6 +108,14 @@ def test_large_models_are_verified_by_some_layers(
     assert not verify.verify(model, tmp_path / "out", verify.LINES[:2])
 
 
+def test_without_transformers_arrays_are_compared(make_model: Make, tmp_path: Path) -> None:
+    model = make_model("v1.1")
+    convert.write_model(model, tmp_path / "out", "hf")
+    assert convert.verify(model, "memory", "vikhr", tmp_path / "out", "hf", with_transformers=False)
+    model.params["encoder"]["layers"]["mlp"]["wo"]["kernel"][1, 2, 3] += 1e-6
+    assert not convert.verify(model, "memory", "vikhr", tmp_path / "out", "hf", with_transformers=False)
+
+
 def test_a_file_cut_short_or_changed_is_told(make_model: Make, tmp_path: Path) -> None:
     model = make_model("v1.1")
     weights = tmp_path / "m" / "model.safetensors"
