@@ -5,14 +5,27 @@ these variables from the gin macros; whoever imports the tasks elsewhere (real t
 
     VIKHR_T5_VOCABULARY   path of a SentencePiece model, or "bytes"   gin: VOCABULARY_FILE
     VIKHR_T5_EXTRA_IDS    number of sentinels                         gin: EXTRA_IDS (300; bytes: 0, as in ByT5)
-    VIKHR_T5_DATA_DIR     folder of the corpora                       (none: the tasks that need it say so)
+    VIKHR_T5_DATA_DIR     folder of the corpora                       (none: published sets are read from the hub)
 """
 
+import glob
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import seqio
 
+from vikhr_t5.data.sources import (
+    Belongs,
+    Example,
+    HuggingFaceSource,
+    JsonLinesSource,
+    ParquetSource,
+    Piece,
+    PieceSource,
+    TextSource,
+)
 from vikhr_t5.errors import UserError
 
 VOCABULARY, EXTRA_IDS, DATA_DIR = "VIKHR_T5_VOCABULARY", "VIKHR_T5_EXTRA_IDS", "VIKHR_T5_DATA_DIR"
@@ -46,3 +59,92 @@ def data_dir() -> Path:
     if not path or not os.path.isdir(path):
         raise UserError(f"{DATA_DIR}={path!r} is no folder: set it to the folder of your corpora")
     return Path(path)
+
+
+def source(name: str, fields: Sequence[str], belongs: Belongs | None = None, config: str | None = None) -> PieceSource:
+    """A set published on the hub, with the splits `train` and `validation`, of which `belongs` makes the difference.
+
+    Without VIKHR_T5_DATA_DIR it is read from the hub, with it from the folder `VIKHR_T5_DATA_DIR/name[/config]`: what
+    `save_to_disk` wrote there, or else its Parquet, JSON lines or (for the field `text`) text files. Both are its
+    published split `train`. Nothing is looked for before the first read.
+
+        settings.source("d0rj/flan2021_submix_original-ru", ["inputs", "targets"], held_out("inputs", 0.01))
+
+    Raises:
+        UserError: when it is read, and is not there.
+    """
+    return _Published(name, fields, belongs, config)
+
+
+class _Published(PieceSource):
+    """Hands every question to the source that holds the set where VIKHR_T5_DATA_DIR points now."""
+
+    def __init__(self, name: str, fields: Sequence[str], belongs: Belongs | None, config: str | None):
+        super().__init__({"train": (), "validation": ()}, fields, belongs)
+        self.name, self.config = name, config
+        self._found: dict[str | None, PieceSource] = {}
+        self._counts: dict[tuple[str | None, str], int] = {}
+
+    def _source(self) -> PieceSource:
+        place = os.environ.get(DATA_DIR) or None
+        if place not in self._found:
+            self._found[place] = self._hub() if place is None else self._local(data_dir() / self.name)
+        return self._found[place]
+
+    def _hub(self) -> PieceSource:
+        return HuggingFaceSource(self.name, dict.fromkeys(self.splits, "train"), self.fields, config=self.config)
+
+    def _local(self, folder: Path) -> PieceSource:
+        folder = folder / (self.config or "")
+        for saved in ("dataset_dict.json", "state.json"):  # of a DatasetDict, of one split
+            if (folder / saved).exists():
+                return HuggingFaceSource(str(folder), dict.fromkeys(self.splits, "train"), self.fields)
+        if parquet := self._files(folder, ".parquet"):
+            return ParquetSource(parquet, self.fields)
+        if lines := self._files(folder, ".jsonl", ".jsonl.gz", ".jsonl.zst"):
+            return JsonLinesSource(lines, self.fields)
+        if self.fields == ("text",) and (text := self._files(folder, ".txt", ".txt.gz", ".txt.zst")):
+            return TextSource(text)
+        raise UserError(
+            f"no {self.name} in {folder}: put its Parquet or JSONL files or its save_to_disk folder there, or unset"
+            f" {DATA_DIR} to read it from the hub"
+        )
+
+    def _files(self, folder: Path, *endings: str) -> dict[str, list[str]]:
+        """Split -> the files of the published `train`, or all where none is named so; {} where there are none."""
+        found = sorted(file for file in folder.rglob("*") if file.name.endswith(endings))
+        train = [glob.escape(str(file)) for file in found if file.name.startswith("train")]
+        files = train or [glob.escape(str(file)) for file in found]
+        return {split: files for split in self.splits if files}
+
+    def patterns(self, split: str) -> list[str]:
+        return self._source().patterns(split)
+
+    def files(self, split: str) -> list[str]:
+        return self._read_or_explain(lambda: self._source().files(split))
+
+    def _pieces(self, split: str) -> Iterator[Piece]:
+        return iter(self._read_or_explain(lambda: list(self._source()._pieces(split))))
+
+    def _read(self, split: str, piece: Piece, bad: Any) -> Iterator[Example]:
+        return self._source()._read(split, piece, bad)
+
+    def _read_or_explain(self, ask: Callable[[], list[Any]]) -> list[Any]:
+        """The answer; an error of the hub also says how to do without it."""
+        try:
+            return ask()
+        except UserError as error:
+            if os.environ.get(DATA_DIR):
+                raise
+            place = f"{self.name}/{self.config}" if self.config else self.name
+            raise UserError(
+                f"{error}; it is read from the hub: log in or mend the network, or put its files into a folder"
+                f" DIR/{place} and set {DATA_DIR}=DIR"
+            ) from error
+
+    def num_input_examples(self, split: str) -> int:
+        """Counted in one pass, for rates by size in plain seqio (vikhr-t5 asks its token store instead)."""
+        key = os.environ.get(DATA_DIR), split
+        if key not in self._counts:
+            self._counts[key] = sum(1 for _ in self.examples(split))
+        return self._counts[key]

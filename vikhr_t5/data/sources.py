@@ -303,6 +303,9 @@ class _TableSource(PieceSource):
     def _table_examples(self, table: pa.Table, where: str, first_row: int, bad: _BadLines) -> Iterator[Example]:
         columns = []
         for field in self.fields:
+            if _is_records(table[field].type):
+                columns.append([_json(value) for value in table[field].to_pylist()])
+                continue
             try:
                 columns.append(table[field].cast(pa.large_string()).cast(pa.large_binary()).to_pylist())
             except pa.ArrowNotImplementedError:
@@ -314,8 +317,17 @@ class _TableSource(PieceSource):
                 yield dict(zip(self.fields, values, strict=True))
 
 
+def _is_records(kind: pa.DataType) -> bool:
+    """A struct or a list of structs, such as the messages of a chat."""
+    return pa.types.is_struct(kind) or (pa.types.is_list(kind) and pa.types.is_struct(kind.value_type))
+
+
+def _json(value: Any) -> bytes | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False).encode()
+
+
 class ParquetSource(_TableSource):
-    """Parquet files: `fields` are columns of text or numbers."""
+    """Parquet files: `fields` are columns of text or numbers; structs, and lists of them, arrive as JSON."""
 
     def _pieces(self, split: str) -> Iterator[Piece]:
         for file in self.files(split):
@@ -349,7 +361,7 @@ class HuggingFaceSource(_TableSource):
     Args:
         path: name on the hub, or the folder.
         split_to_name: seqio's split -> the dataset's ("train[:1%]" works on the hub).
-        fields: columns of text or numbers.
+        fields: columns of text or numbers; structs, and lists of them, arrive as JSON.
         belongs, max_bad_lines: as in `PieceSource`.
         config, revision: of the hub.
     """
