@@ -1,0 +1,186 @@
+"""Saiga's chats for an encoder and a decoder: the history is the input, the bot's next turn the target.
+
+    saiga_turbo           IlyaGusev/ru_turbo_saiga                messages
+    saiga_sharegpt        IlyaGusev/ru_sharegpt_cleaned           messages
+    saiga_oasst1          IlyaGusev/oasst1_ru_main_branch         messages
+    saiga_evol_instruct   IlyaGusev/ru_turbo_alpaca_evol_instruct instruction, output
+    saiga_gpt4            lksy/ru_instruct_gpt4                   instruction, input, full_output
+    vikhr_saiga           all of them, at rates by size
+
+A chat gives one example for each turn of the bot, so that every turn is learned once, as in a decoder whose loss counts
+the bot's turns alone:
+
+    inputs   <s>system\\nТы — Сайга, …</s>\\n<s>user\\nПривет!</s>\\n<s>bot
+    targets  Здравствуйте! Чем помочь?
+
+Where the sets are read from, `tasks.settings.source` says. A chat is held out by a hash of its first question.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from tasks import settings
+from vikhr_t5.data.sources import Example, text_hash
+from vikhr_t5.errors import UserError, nearest
+
+SYSTEM_PROMPT = "Ты — Сайга, русскоязычный автоматический ассистент. Ты разговариваешь с людьми и помогаешь им."
+ROLES = {"system": "system", "user": "user", "bot": "bot", "assistant": "bot"}  # as published -> as written
+SUFFIX = "<s>bot"
+MAX_INPUTS = 1024  # tokens with EOS, as in the recipes' TASK_FEATURE_LENGTHS
+HELD_OUT = 0.02
+
+
+class Turn(NamedTuple):
+    role: str
+    content: str
+
+    def __str__(self) -> str:
+        return f"<s>{self.role}\n{self.content}</s>\n"
+
+
+Chat = list[Turn]
+
+
+# ---- what is published -> a chat -------------------------------------------------------------------------------------
+
+
+def messages(record: str) -> Chat:
+    """A chat from JSON: a list of {role, content}, or {role: [...], content: [...]}, which is how older versions of
+    `datasets` store the same. Blank turns are left out. UserError for anything else."""
+    try:
+        found = json.loads(record)
+        if isinstance(found, dict):
+            pairs = list(zip(found["role"], found["content"], strict=True))
+        else:
+            pairs = [(message["role"], message["content"]) for message in found]
+        chat = [Turn(role, content.strip()) for role, content in pairs if content.strip()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"a chat is a list of {{role, content}}, both texts; this is none: {record[:80]!r}") from None
+    for role, _ in chat:
+        if role not in ROLES:
+            raise UserError(f"unknown role {role!r} in the chat {record[:80]!r}; {nearest(role, ROLES)}")
+    return [Turn(ROLES[role], content) for role, content in chat]
+
+
+def instruction(asked: str, answer: str) -> Chat:
+    """A chat of one question."""
+    return [turn for turn in (Turn("user", asked.strip()), Turn("bot", answer.strip())) if turn.content]
+
+
+def instruction_with_input(asked: str, given: str, answer: str) -> Chat:
+    """A chat of one question, to which the text that it is about belongs."""
+    return instruction(f"{asked.strip()}\nДано: {given.strip()}" if given.strip() else asked, answer)
+
+
+# ---- a chat -> examples ----------------------------------------------------------------------------------------------
+
+
+def examples(chat: Chat, length: Callable[[str], int], max_inputs: int = MAX_INPUTS) -> Iterator[tuple[str, str]]:
+    """(inputs, targets) of each turn of the bot that answers something.
+
+    A chat without a system prompt gets `SYSTEM_PROMPT`. Where the history is too long, its oldest turns go, never the
+    system prompt, the last question or the suffix; an example whose last question alone is too long is left out.
+
+    Args:
+        chat: turns in order.
+        length: tokens of a text, without EOS.
+        max_inputs: the most tokens of the inputs, with EOS.
+    """
+    system = [turn for turn in chat[:1] if turn.role == "system"] or [Turn("system", SYSTEM_PROMPT)]
+    turns = [turn for turn in chat if turn.role != "system"]
+    for place, turn in enumerate(turns):
+        history = turns[:place] if turn.role == "bot" else []
+        while any(earlier.role == "user" for earlier in history):
+            inputs = "".join(map(str, [*system, *history])) + SUFFIX
+            if length(inputs) < max_inputs:
+                yield inputs, turn.content
+                break
+            history = history[1:]
+
+
+def next_turns(
+    make: Callable[..., Chat], fields: Sequence[str], max_inputs: int = MAX_INPUTS
+) -> Callable[..., tf.data.Dataset]:
+    """A seqio preprocessor: rows of a set -> {inputs, targets} of their chats.
+
+    Args:
+        make: what makes a chat of a row's `fields`.
+        fields: in the order of its arguments.
+        max_inputs: as in `examples`.
+    """
+
+    def preprocess(dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]) -> tf.data.Dataset:
+        vocabulary = output_features["inputs"].vocabulary
+
+        def length(text: str) -> int:
+            return len(vocabulary.encode(text))
+
+        def texts(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            chats = [make(*(value.decode() for value in row)) for row in zip(*columns, strict=True)]
+            made = [example for chat in chats for example in examples(chat, length, max_inputs)]
+            return np.array([inputs for inputs, _ in made], object), np.array([targets for _, targets in made], object)
+
+        def batch(rows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            columns = [rows[field] for field in fields]
+            inputs, targets = tf.numpy_function(texts, columns, [tf.string, tf.string])
+            return {"inputs": tf.ensure_shape(inputs, [None]), "targets": tf.ensure_shape(targets, [None])}
+
+        return dataset.batch(64).map(batch).unbatch()
+
+    preprocess.__name__ = f"next_turns_of_{make.__name__}"
+    return preprocess
+
+
+def first_question(chat: Chat) -> str:
+    return next((turn.content for turn in chat if turn.role == "user"), "")
+
+
+def add_task(
+    name: str,
+    dataset: str,
+    make: Callable[..., Chat] = messages,
+    fields: Sequence[str] = ("messages",),
+    max_inputs: int = MAX_INPUTS,
+) -> None:
+    """Register a published set of chats.
+
+    Args:
+        name: of the task.
+        dataset: its name on the hub.
+        make, fields, max_inputs: as in `next_turns`.
+    """
+
+    def belongs(split: str, row: Example) -> bool:
+        asked = first_question(make(*(row[field].decode() for field in fields)))
+        return (text_hash(asked.encode()) < HELD_OUT) == (split == "validation")
+
+    seqio.TaskRegistry.add(
+        name,
+        source=settings.source(dataset, fields, belongs),
+        preprocessors=[
+            next_turns(make, fields, max_inputs),
+            seqio.preprocessors.tokenize,
+            seqio.CacheDatasetPlaceholder(),
+            seqio.preprocessors.append_eos,
+        ],
+        output_features=settings.output_features(),
+    )
+
+
+SETS: dict[str, tuple[Any, ...]] = {
+    "saiga_turbo": ("IlyaGusev/ru_turbo_saiga",),
+    "saiga_sharegpt": ("IlyaGusev/ru_sharegpt_cleaned",),
+    "saiga_oasst1": ("IlyaGusev/oasst1_ru_main_branch",),
+    "saiga_evol_instruct": ("IlyaGusev/ru_turbo_alpaca_evol_instruct", instruction, ("instruction", "output")),
+    "saiga_gpt4": ("lksy/ru_instruct_gpt4", instruction_with_input, ("instruction", "input", "full_output")),
+}
+
+for task, published in SETS.items():
+    add_task(task, *published)
+
+seqio.MixtureRegistry.add("vikhr_saiga", list(SETS), default_rate=seqio.mixing_rate_num_examples)
