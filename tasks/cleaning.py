@@ -63,7 +63,10 @@ def at_least(field: str, minimum: float, key: str | None = None) -> Preprocessor
     """
 
     def suffices(value: bytes) -> bool:
-        number = json.loads(value)
+        try:
+            number = json.loads(value)
+        except ValueError:
+            return False
         if key is not None:
             number = number.get(key) if isinstance(number, dict) else None
         return isinstance(number, int | float) and number >= minimum

@@ -180,7 +180,7 @@ def test_invalid_utf8_counts_as_broken():
 
 
 def test_examples_are_chosen_by_a_number():
-    values = ["3", "10", "10.5", "null", "-1", '"12"']
+    values = ["3", "10", "10.5", "null", "-1", '"12"', "nan", "many"]
     dataset = tf.data.Dataset.from_tensor_slices({"score": values, "text": values})
     assert [row["text"] for row in rows(at_least("score", 10)(dataset))] == [b"10", b"10.5"]
     objects = ['{"score": 12, "votes": 1}', '{"votes": 99}', '{"score": null}', "[12]", '{"score": 9}']
