@@ -146,7 +146,7 @@ def test_length_has_both_bounds():
 
 
 def test_long_lines_take_no_longer_than_their_length():
-    for line in (" " * 300_000 + "а", "[" * 100_000, "**а " * 50_000, "# " * 100_000, "<a " * 100_000, "_ *" * 100_000):
+    for line in (" " * 100_000 + "а", "[" * 30_000, "**а " * 20_000, "# " * 30_000, "<a " * 30_000, "_ *" * 30_000):
         for step in STEPS:
             step(line)
 
