@@ -1,7 +1,7 @@
 """Translated FLAN: the published Russian sets, each as `inputs` and `targets`.
 
     flan_translated_300k             Vikhrmodels/Flan_translated_300k
-    flan_alexwortega                 AlexWortega/flan (the same rows under another name: in no mixture)
+    flan_alexwortega                 AlexWortega/flan (the same set under another name: in no mixture)
     flan2021_submix_ru               d0rj/flan2021_submix_original-ru
     flan_aya_cot, _qa, _coqa,        CohereForAI/aya_collection, its Russian rows of translated_flan_*
       _gem_wiki, _lambada
@@ -45,7 +45,7 @@ def add_task(
     name: str,
     dataset: str,
     fields: tuple[str, ...] = ("inputs", "targets"),
-    belongs: Belongs = is_held_out,
+    belongs: Belongs | None = None,
     config: str | None = None,
 ) -> None:
     """Register a published set of instructions.
@@ -54,12 +54,12 @@ def add_task(
         name: of the task.
         dataset: its name on the hub.
         fields: the columns of the inputs and of the targets; then those that `belongs` asks for.
-        belongs: by which its splits differ.
+        belongs: by which its splits differ; None holds out by a hash of the inputs.
         config: of the hub.
     """
     seqio.TaskRegistry.add(
         name,
-        source=settings.source(dataset, fields, belongs, config),
+        source=settings.source(dataset, fields, belongs or held_out(fields[0], HELD_OUT), config),
         preprocessors=[
             functools.partial(seqio.preprocessors.rekey, key_map={"inputs": fields[0], "targets": fields[1]}),
             drop_blank,

@@ -1,6 +1,5 @@
 """Translated FLAN from local files of the published schemas, which the tests write; nothing is downloaded."""
 
-import functools
 import itertools
 import json
 import os
@@ -99,10 +98,10 @@ def test_an_instruction_ends_in_eos_on_both_sides(data):
 
 
 def test_the_split_depends_on_the_text_of_the_inputs_alone(data, flan):
-    made = rows("flan_translated_300k", 2000)
+    made = rows("flan_translated_300k", 1200)
     write(data / DATASETS["flan_translated_300k"], made, "jsonl")
     held_out = pairs("flan_translated_300k", "validation")
-    assert 0.005 < len(held_out) / 2000 < 0.016
+    assert 0.004 < len(held_out) / 1200 < 0.02
     assert not set(held_out) & set(pairs("flan_translated_300k", "train"))
     write(data / DATASETS["flan_alexwortega"], [*made[::-1], *rows("flan_alexwortega", 30)], "parquet")
     elsewhere = pairs("flan_alexwortega", "validation")
@@ -121,14 +120,14 @@ def test_a_blank_translation_is_left_out(data):
 def test_the_mixture_has_rates_by_size_with_a_cap(data, flan):
     mixture = seqio.MixtureRegistry.get("vikhr_flan")
     assert {task.name for task in mixture.tasks} == set(DATASETS) - {"flan_alexwortega"}
-    for number, task in enumerate(mixture.tasks):
-        write(data / DATASETS[task.name], rows(task.name, 60 + 10 * number), "jsonl")
-    sizes = {task.name: len(pairs(task.name, "train")) for task in mixture.tasks}
-    assert {task.name: mixture.get_rate(task) for task in mixture.tasks} == sizes
-    by_size = functools.partial(seqio.mixing_rate_num_examples, maximum=80)
-    capped = seqio.Mixture("capped", [task.name for task in mixture.tasks], by_size)
-    assert {task.name: capped.get_rate(task) for task in mixture.tasks} == {k: min(v, 80) for k, v in sizes.items()}
-    assert mixture.rate_per_task_name["flan2021_submix_ru"].keywords == {"maximum": flan.RATE_MAXIMUM}
+    sizes = {}
+    for task, count in (("flan_translated_300k", 60), ("flan2021_submix_ru", 70), ("flan_aya_qa", 120)):
+        write(data / DATASETS[task], rows(task, count), "jsonl")
+        sizes[task] = len(pairs(task, "train"))
+    assert {task: mixture.get_rate(seqio.TaskRegistry.get(task)) for task in sizes} == sizes
+    rate = mixture.rate_per_task_name["flan2021_submix_ru"]
+    assert rate.keywords == {"maximum": flan.RATE_MAXIMUM}
+    assert rate(seqio.TaskRegistry.get("flan_aya_qa"), maximum=80) == 80
 
 
 def test_the_mixture_is_cached_with_the_sizes_of_its_stores(data):
@@ -183,6 +182,22 @@ def test_the_hub_is_asked_for_the_published_config(monkeypatch):
 def test_a_wrong_field_name_is_answered_with_the_nearest(data):
     write(data / DATASETS["flan_translated_300k"], rows("flan2021_submix_ru", 20), "parquet")
     with pytest.raises(UserError, match=r"has no column 'target': nearest: targets"):
+        list(seqio.TaskRegistry.get("flan_translated_300k").source.examples("train"))
+
+
+def test_of_a_copied_repository_only_the_files_of_train_are_read(data):
+    made = rows("flan_translated_300k", 30)
+    folder = data / DATASETS["flan_translated_300k"] / "data [copy]"
+    write(folder, made[:20], "parquet")
+    pq.write_table(pa.Table.from_pylist(made[20:]), folder / "test-00000-of-00001.parquet")
+    assert len(pairs("flan_translated_300k", "train") + pairs("flan_translated_300k", "validation")) == 20
+
+
+def test_a_row_with_null_is_named_by_file_and_number(data):
+    made = rows("flan_translated_300k", 20)
+    made[6]["target"] = None
+    write(data / DATASETS["flan_translated_300k"], made, "parquet")
+    with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet, row 7: no 'target'"):
         list(seqio.TaskRegistry.get("flan_translated_300k").source.examples("train"))
 
 

@@ -162,12 +162,12 @@ def test_a_long_history_loses_its_oldest_turns_and_never_the_question(saiga):
 
 
 def test_the_split_depends_on_the_first_question_alone(data):
-    rows = [{"messages": chat(number)} for number in range(700)]
+    rows = [{"messages": chat(number)} for number in range(500)]
     write(data / CHATS["saiga_turbo"], rows, "parquet")
     held_out = pairs("saiga_turbo", "validation")
     questions = {question(inputs) for inputs, _ in held_out}
     assert len(held_out) == 2 * len(questions)
-    assert 0.008 < len(questions) / 700 < 0.035
+    assert 0.008 < len(questions) / 500 < 0.035
     assert not questions & {question(inputs) for inputs, _ in pairs("saiga_turbo", "train")}
     answered = [{"messages": [*row["messages"], {"role": "bot", "content": "Ещё."}]} for row in rows[::-1]]
     write(data / CHATS["saiga_oasst1"], answered, "jsonl")
