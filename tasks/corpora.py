@@ -34,7 +34,7 @@ DOCUMENT: tuple[Step, ...] = (cleaning.squeeze, cleaning.enough_letters, cleanin
 STEPS: tuple[Step, ...] = (*CHARACTERS, cleaning.drop_lines, *DOCUMENT)
 
 
-class _Converted(settings._Published):
+class _Converted(settings.Published):
     """A set whose repository has a loading script, which `datasets` no longer runs: the hub keeps it as Parquet too."""
 
     def _hub(self) -> PieceSource:
@@ -42,7 +42,7 @@ class _Converted(settings._Published):
         return HuggingFaceSource(self.name, splits, self.fields, revision="refs/convert/parquet")
 
 
-class _Local(settings._Published):
+class _Local(settings.Published):
     """The folder `name` in VIKHR_T5_DATA_DIR, which is on no hub."""
 
     def _hub(self) -> PieceSource:

@@ -73,10 +73,10 @@ def source(name: str, fields: Sequence[str], belongs: Belongs | None = None, con
     Raises:
         UserError: when it is read, and is not there.
     """
-    return _Published(name, fields, belongs, config)
+    return Published(name, fields, belongs, config)
 
 
-class _Published(PieceSource):
+class Published(PieceSource):
     """Hands every question to the source that holds the set where VIKHR_T5_DATA_DIR points now."""
 
     def __init__(self, name: str, fields: Sequence[str], belongs: Belongs | None, config: str | None):
