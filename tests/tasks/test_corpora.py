@@ -29,16 +29,17 @@ PLAIN = {
 SHORT = "Коротко."
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """tasks.corpora takes its vocabulary from the environment when it is imported, which another test may have done."""
-    if "tasks.corpora" not in sys.modules and not os.path.exists(os.environ.get("VIKHR_T5_VOCABULARY", "")):
-        vocabulary = train_vocabulary(PAGES[:200], tmp_path_factory.mktemp("vocabulary") / "ru.model", size=1000)
-        os.environ["VIKHR_T5_VOCABULARY"] = vocabulary.sentencepiece_model_file
-        os.environ["VIKHR_T5_EXTRA_IDS"] = str(vocabulary.extra_ids)
-    import tasks.corpora
+    """tasks.corpora takes its vocabulary from the environment when it is imported; other tests leave theirs there."""
+    vocabulary = train_vocabulary(PAGES[:200], tmp_path_factory.mktemp("vocabulary") / "ru.model", size=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIKHR_T5_VOCABULARY", vocabulary.sentencepiece_model_file)
+        patch.setenv("VIKHR_T5_EXTRA_IDS", str(vocabulary.extra_ids))
+        assert "tasks.corpora" not in sys.modules
+        import tasks.corpora
 
-    return tasks.corpora
+        yield tasks.corpora
 
 
 @pytest.fixture
