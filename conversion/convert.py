@@ -16,7 +16,7 @@ from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path
 from vikhr_t5.model.config import T5Config
 from vikhr_t5.progress import Progress, human
-from vikhr_t5.train.checkpoint_files import find_checkpoint, steps
+from vikhr_t5.train.checkpoint_files import find_checkpoint
 
 FORMATS = ("hf", "t5x", "vikhr")
 # What a folder of each format holds: one with none of these, and not empty, is not replaced.
@@ -117,14 +117,13 @@ def initial_checkpoint(
 ) -> str:
     """What a run can start from: `path` where it is ours, else <model_dir>/initial_checkpoint, converted from it.
 
-    Nothing is converted once the run has checkpoints of its own. Raises UserError as `open_model` and `write_model`.
+    Raises UserError as `open_model` and `write_model`.
     """
     source_format = format_of(path)
-    destination = Path(model_dir).expanduser().absolute() / "initial_checkpoint"
     if source_format == "vikhr":
         return os.fspath(path)
-    if not steps(destination.parent / "checkpoints"):
-        write_model(open_model(path, source_format, vocabulary, config), destination, "vikhr")
+    destination = Path(model_dir).expanduser().absolute() / "initial_checkpoint"
+    write_model(open_model(path, source_format, vocabulary, config), destination, "vikhr")
     return os.fspath(destination)
 
 

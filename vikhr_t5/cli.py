@@ -249,8 +249,13 @@ def _launch(flags: argparse.Namespace, function: Callable[..., Any]) -> dict[str
 
 
 def _readable(restore: Any, folder: str, model: Any) -> Any:
-    """A `RestoreCheckpointConfig` of our own format: a checkpoint of t5x or Hugging Face is converted into `folder`."""
-    if not restore or not restore.path:
+    """A `RestoreCheckpointConfig` of our own format: a checkpoint of t5x or Hugging Face is converted into `folder`.
+
+    A run that has a whole checkpoint goes on from that, even if the one that it began with is no longer there.
+    """
+    from vikhr_t5.train.checkpoint_files import defect, steps
+
+    if not restore or not restore.path or any(defect(own) is None for own in steps(Path(folder) / "checkpoints")):
         return restore
     require_own("conversion")
     from conversion import convert
