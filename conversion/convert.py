@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from conversion.safetensors import parse_size
 from conversion.stored import DTYPES, StoredModel
 from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError, nearest
-from vikhr_t5.files import atomic_path
+from vikhr_t5.files import atomic_path, system_error
 from vikhr_t5.model.config import T5Config
 from vikhr_t5.progress import Progress, human
 from vikhr_t5.train.checkpoint_files import find_checkpoint
@@ -161,9 +160,7 @@ def _room(folder: Path, needed: int) -> Iterator[None]:
         raise refusal("no room for the model")
     try:
         yield
-    except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
-        told = re.search(r"os_error_code='(\d+)'", str(error))
-        code = getattr(error, "errno", None) or (int(told[1]) if told else None)
-        if code in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, ValueError) as error:
+        if system_error(error) in (errno.ENOSPC, errno.EDQUOT):
             raise refusal("the disk filled while the model was written") from error
         raise

@@ -4,13 +4,14 @@ import collections
 import contextlib
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from vikhr_t5.files import system_error
 
 _CHUNK_BYTES = 2**24  # each part is compressed on its own, on all cores; t5x takes any size
 _WHOLE_BYTES = 2**24  # an array of all layers is written in one piece up to this, else layer by layer
@@ -115,7 +116,7 @@ def _system_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
+        code = system_error(error)
         if code is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise OSError(code, os.strerror(code)) from error

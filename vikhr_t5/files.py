@@ -82,6 +82,14 @@ def atomic_path(destination: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def system_error(error: Exception) -> int | None:
+    """The system's number of an error, also of one that TensorStore wraps in a ValueError; None where it has none."""
+    if number := getattr(error, "errno", None):
+        return int(number)
+    wrapped = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(wrapped[1]) if wrapped else None
+
+
 def write_text_atomic(destination: str | os.PathLike[str], text: str) -> None:
     """`Path.write_text`, but whole or absent. UTF-8."""
     with atomic_path(destination) as temporary:

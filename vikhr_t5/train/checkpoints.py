@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -19,6 +18,7 @@ import numpy as np
 
 from vikhr_t5.data.vocabulary import AnyVocabulary, vocabulary_files, vocabulary_record
 from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.files import system_error
 from vikhr_t5.train.checkpoint_files import defect, seal, steps
 from vikhr_t5.train.state import EncoderDecoderModel, TrainState
 
@@ -171,12 +171,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            code = getattr(error, "errno", None) or re.search(r"os_error_code='(\d+)'", str(error))
+            code = system_error(error)
             if code is None:
                 raise
             for leftover in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            self._refuse(os.strerror(code if isinstance(code, int) else int(code[1])), error)
+            self._refuse(os.strerror(code), error)
 
     def _refuse(self, reason: str, cause: Exception | None = None) -> NoReturn:
         newest = self.newest()
