@@ -12,7 +12,7 @@ import numpy as np
 
 from conversion import card, names, safetensors, tokenizer
 from conversion.huggingface_config import config_json, generation_json, read_config
-from conversion.stored import DTYPES, StoredModel, ahead
+from conversion.stored import DTYPES, StoredModel, WithoutOptimizer, ahead
 from conversion.vikhr import Checkpoint
 from conversion.weights import Tensor, open_weights
 from vikhr_t5.data.vocabulary import AnyVocabulary
@@ -24,7 +24,7 @@ _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
-class HuggingFaceModel:
+class HuggingFaceModel(WithoutOptimizer):
     """A `StoredModel`: a folder with config.json and weights.
 
     Args:
@@ -37,7 +37,6 @@ class HuggingFaceModel:
     """
 
     step = 0
-    updates: int | None = None
 
     def __init__(self, path: str | os.PathLike[str], vocabulary: AnyVocabulary | None = None):
         self.folder = Path(path).expanduser().absolute()
@@ -77,9 +76,6 @@ class HuggingFaceModel:
         if value.dtype == np.float16 or (self.dtype == "float32" and value.dtype != np.float32):
             value = value.astype(np.float32)
         return value.T if array.transpose else value
-
-    def read_moments(self, name: str, layer: int | None = None) -> dict[str, np.ndarray]:
-        raise ValueError("Hugging Face's folders hold no optimizer state")
 
 
 def write(

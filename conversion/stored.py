@@ -46,10 +46,17 @@ class StoredModel(Protocol):
         """Adafactor's {"v"} or {"v_row", "v_col"} of the same, as `optimizers.Adafactor` keeps them, float32."""
 
 
-class MemoryModel:
-    """A parameter tree of ours as a stored model; it has no optimizer."""
+class WithoutOptimizer:
+    """The part of a `StoredModel` that stores no optimizer's state."""
 
     updates: int | None = None
+
+    def read_moments(self, name: str, layer: int | None = None) -> dict[str, np.ndarray]:
+        raise ValueError("no optimizer state is stored: ask for moments only where `updates` is not None")
+
+
+class MemoryModel(WithoutOptimizer):
+    """A parameter tree of ours as a stored model."""
 
     def __init__(
         self, params: Mapping[str, Any], config: T5Config, vocabulary: AnyVocabulary | None = None, step: int = 0
@@ -62,14 +69,9 @@ class MemoryModel:
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         return self._flat[name] if layer is None else self._flat[name][layer]
 
-    def read_moments(self, name: str, layer: int | None = None) -> dict[str, np.ndarray]:
-        raise ValueError("no optimizer state")
 
-
-class SampledLayers:
+class SampledLayers(WithoutOptimizer):
     """A model of some layers of another's: small enough to compute with, and made of the same arrays."""
-
-    updates: int | None = None
 
     def __init__(self, model: StoredModel, encoder: Sequence[int], decoder: Sequence[int]):
         self._model, self._layers = model, {"encoder": encoder, "decoder": decoder}
@@ -80,9 +82,6 @@ class SampledLayers:
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         return self._model.read(name, None if layer is None else self._layers[name.split("/")[0]][layer])
-
-    def read_moments(self, name: str, layer: int | None = None) -> dict[str, np.ndarray]:
-        raise ValueError("no optimizer state")
 
 
 def shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
@@ -134,11 +133,7 @@ def blocks(value: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
 
 def load(model: StoredModel, dtype: str = "float32") -> dict[str, Any]:
     """Our parameter tree in memory, rounded to `dtype`, in float32."""
-    tree = {}
-    for name, shape in shapes(model.config).items():
-        whole = np.empty(shape, np.float32)
-        layers: Any = range(shape[0]) if "/layers/" in name else [None]
-        for layer in layers:
-            whole[... if layer is None else layer] = model.read(name, layer).astype(DTYPES[dtype])
-        tree[tuple(name.split("/"))] = whole
-    return unflatten_dict(tree)
+    flat = {name: np.empty(shape, np.float32) for name, shape in shapes(model.config).items()}
+    for name, layer in arrays(model.config):
+        flat[name][... if layer is None else layer] = model.read(name, layer).astype(DTYPES[dtype])
+    return unflatten_dict({tuple(name.split("/")): whole for name, whole in flat.items()})

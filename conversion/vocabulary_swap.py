@@ -25,7 +25,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from conversion.stored import DTYPES, StoredModel
+from conversion.stored import DTYPES, StoredModel, WithoutOptimizer
 from vikhr_t5.data.vocabulary import AnyVocabulary, ByteVocabulary
 from vikhr_t5.errors import UserError
 
@@ -119,7 +119,7 @@ def _lookup(old: AnyVocabulary) -> Callable[[Meaning], tuple[str, list[int]]]:
     return rows_of
 
 
-class SwappedModel:
+class SwappedModel(WithoutOptimizer):
     """A `StoredModel`: another one with another vocabulary. Its optimizer's state is not carried over.
 
     `norms` holds, once a matrix was read, the mean L2 norm of its rows: of the old ones under "old", of the new ones by
@@ -128,8 +128,6 @@ class SwappedModel:
     Raises:
         UserError: the model carries no vocabulary, or one of more ids than its matrices have rows.
     """
-
-    updates: int | None = None
 
     def __init__(self, model: StoredModel, vocabulary: AnyVocabulary):
         if model.vocabulary is None:
@@ -148,9 +146,6 @@ class SwappedModel:
         if name == HEAD:
             return self._swapped(name, value.T).T
         return value
-
-    def read_moments(self, name: str, layer: int | None = None) -> dict[str, np.ndarray]:
-        raise ValueError("no optimizer state")
 
     def _swapped(self, name: str, old: np.ndarray) -> np.ndarray:
         """[O, D] -> [V, D]."""
