@@ -9,7 +9,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[seqio,hub,hf,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[seqio,hub,hf,beam,dedup,chart,mistral,dev]'
 	touch $(STAMP)
 
 # The main job on the embedded Russian corpus: vocabulary, cache, UL2, instructions, Hugging Face, report.
@@ -20,7 +20,7 @@ clean-demo:
 	rm -rf runs/demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What is proven only with time: kill -9 at twenty moments, disk full, the whole demo; and exports in transformers 4.57.
 test-slow: install .venv-transformers4/.installed
