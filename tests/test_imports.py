@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TENSORFLOW = ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "t5", "apache_beam")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 TORCH = ("torch", "transformers", "accelerate", "peft")
-SHARED = tuple(f"vikhr_t5.{name}" for name in ("__version__", "errors", "files", "packages", "progress", "remote"))
+SHARED = tuple(
+    f"vikhr_t5.{name}" for name in ("__version__", "errors", "files", "packages", "page", "progress", "remote")
+)
 
 # Who may import what of ours, besides SHARED. A folder's rule holds for its files unless a file has its own.
 ALLOWED: dict[str, tuple[str, ...]] = {

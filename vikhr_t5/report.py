@@ -7,7 +7,6 @@ greatest value.
 """
 
 import difflib
-import html
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import numpy as np
 
 from vikhr_t5 import __version__
 from vikhr_t5.errors import UserError
-from vikhr_t5.files import write_text_atomic
+from vikhr_t5.page import escape, write_page
 from vikhr_t5.progress import duration, human
 
 POINTS = 300
@@ -151,9 +150,9 @@ def report(run_dirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike
     stages = [{"name": run.name, **dict(zip(_AXES, map(float, run.begin), strict=True))} for run in runs]
     # "<" is escaped, so that no text can end the script element.
     data = json.dumps({"stages": stages, "charts": charts}, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    page = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    values = {"title": _escape(" → ".join(run.name for run in runs)), "summary": summary, "body": body, "charts": data}
-    write_text_atomic(output, re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page))
+    title = escape(" → ".join(run.name for run in runs))
+    template = Path(__file__).with_name("report_template.html")
+    write_page(output, template, title=title, summary=summary, body=body, charts=data)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -291,8 +290,8 @@ def _head(runs: Sequence[Run]) -> Iterator[str]:
     about = [f"{human(parameters)} parameters"] if parameters else []
     about += [f"{last.start['devices']} × {last.start['device_kind']}"] if "device_kind" in last.start else []
     about += [f"vikhr-t5 {__version__}"]
-    yield f"<h1>{_escape(' → '.join(run.name for run in runs))}</h1>"
-    yield f'<p class="soft">{_escape(" · ".join(about))}</p>'
+    yield f"<h1>{escape(' → '.join(run.name for run in runs))}</h1>"
+    yield f'<p class="soft">{escape(" · ".join(about))}</p>'
     for run in runs:
         yield f'<section class="stage">{"".join(_key_figures(run, len(runs) > 1))}</section>'
 
@@ -306,7 +305,7 @@ def _body(runs: Sequence[Run], charts: list[dict[str, Any]]) -> Iterator[str]:
 
     for run in runs:
         sources = _sources(run)
-        yield f"<h2>{_escape(run.name)}</h2>" if len(runs) > 1 else "<h2>Learning</h2>"
+        yield f"<h2>{escape(run.name)}</h2>" if len(runs) > 1 else "<h2>Learning</h2>"
         yield f'<div class="charts">{figure(_by_source(run, "loss", sources, "loss"))}</div>'
         if "accuracy" in run.train.names("accuracy"):
             yield f'<div class="charts">{figure(_by_source(run, "accuracy", sources, "%"))}</div>'
@@ -331,8 +330,8 @@ def _key_figures(run: Run, titled: bool) -> Iterator[str]:
         held_out = "held-out loss" + (f", {task}" if len(run.evals) > 1 else "")
         keys.append((_figure(table.ends("loss")[1]), held_out))
     if titled or state[run.finished]:
-        yield f"<h3>{_escape(run.name)} <span class='soft'>{state[run.finished]}</span></h3>"
-    cells = "".join(f'<div class="key"><b>{value}</b><span>{_escape(name)}</span></div>' for value, name in keys)
+        yield f"<h3>{escape(run.name)} <span class='soft'>{state[run.finished]}</span></h3>"
+    cells = "".join(f'<div class="key"><b>{value}</b><span>{escape(name)}</span></div>' for value, name in keys)
     yield f'<div class="keys">{cells}</div>'
     sources = _sources(run)
     rows = []
@@ -341,7 +340,7 @@ def _key_figures(run: Run, titled: bool) -> Iterator[str]:
         loss, accuracy = (_last_held_out(run, f"{metric}/{source}") for metric in ("loss", "accuracy"))
         color = f"var(--c{slot})" if slot < _DIRECT else "var(--line)"
         rows.append(
-            f'<tr><td><i style="background:{color}"></i>{_escape(_short(source, sources))}</td>'
+            f'<tr><td><i style="background:{color}"></i>{escape(_short(source, sources))}</td>'
             f'<td class="wide">{_figure(first)}</td><td>{_figure(final)}</td><td>{_figure(loss)}</td>'
             f"<td>{'–' if math.isnan(accuracy) else f'{accuracy:.1%}'}</td></tr>"
         )
@@ -366,7 +365,7 @@ def _samples(run: Run) -> Iterator[str]:
         grouped.setdefault(key, []).append(sample)
     if not grouped:
         return
-    yield f"<h2>Samples, {_escape(run.name)}</h2><p class='soft'>Greedy predictions on held-out examples.</p>"
+    yield f"<h2>Samples, {escape(run.name)}</h2><p class='soft'>Greedy predictions on held-out examples.</p>"
     for (task, given, target), found in list(grouped.items())[:_SAMPLES]:
         found.sort(key=lambda sample: sample["step"])
         shown = np.unique(np.linspace(0, len(found) - 1, min(_PREDICTIONS, len(found))).astype(int))
@@ -376,7 +375,7 @@ def _samples(run: Run) -> Iterator[str]:
             for i in shown
         )
         yield (
-            f'<article class="sample"><h3 class="soft">{_escape(task)}</h3><dl>'
+            f'<article class="sample"><h3 class="soft">{escape(task)}</h3><dl>'
             f'<dt>input</dt><dd class="long">{_text(given)}</dd>'
             f'<dt>target</dt><dd class="long target">{_text(target)}</dd>{lines}</dl></article>'
         )
@@ -391,7 +390,7 @@ def _text(text: str) -> str:
     """Escaped, sentinels and a leading mode token as coloured chips."""
     chips = _SENTINEL.sub(
         lambda m: f'<span class="sentinel" style="background:var(--c{int(m[1]) % 10})" title="{m[0]}">{m[1]}</span>',
-        _escape(text),
+        escape(text),
     )
     return _MODE.sub(r'<span class="mode">\1</span>', chips) or '<span class="soft">(empty)</span>'
 
@@ -402,13 +401,13 @@ def _configuration(runs: Sequence[Run]) -> Iterator[str]:
     if runs[-1].start.get("peak"):
         facts["peak for MFU"] = runs[-1].start["peak"]
     if facts:
-        rows = "".join(f"<tr><td>{_escape(name)}</td><td>{_escape(_value(v))}</td></tr>" for name, v in facts.items())
+        rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_value(v))}</td></tr>" for name, v in facts.items())
         yield f"<details><summary>model and vocabulary</summary><table>{rows}</table></details>"
     for before, run in zip([None, *runs[:-1]], runs, strict=True):
         if run.gin:
-            yield f"<details><summary>gin, {_escape(run.name)}</summary><pre>{_escape(run.gin)}</pre></details>"
+            yield f"<details><summary>gin, {escape(run.name)}</summary><pre>{escape(run.gin)}</pre></details>"
         if before and before.gin and run.gin:
-            changed = f"what {_escape(run.name)} changes from {_escape(before.name)}"
+            changed = f"what {escape(run.name)} changes from {escape(before.name)}"
             yield f"<details open><summary>{changed}</summary><pre>{_difference(before.gin, run.gin)}</pre></details>"
 
 
@@ -416,7 +415,7 @@ def _difference(before: str, after: str) -> str:
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
     tags = {"+": "ins", "-": "del"}
     kept = [line for line in list(lines)[2:] if line[0] in tags and line[1:].strip() and not line[1:].startswith("#")]
-    return "\n".join(f"<{tags[line[0]]}>{_escape(line)}</{tags[line[0]]}>" for line in kept) or "nothing"
+    return "\n".join(f"<{tags[line[0]]}>{escape(line)}</{tags[line[0]]}>" for line in kept) or "nothing"
 
 
 def _value(value: Any) -> str:
@@ -425,7 +424,3 @@ def _value(value: Any) -> str:
 
 def _figure(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=True)

@@ -1,0 +1,26 @@
+"""HTML pages that are one file each: a template, the style they share (page.css), and what is put into it."""
+
+import html
+import os
+import re
+from pathlib import Path
+
+from vikhr_t5.files import write_text_atomic
+
+
+def escape(text: str) -> str:
+    """Text as HTML that shows it, also inside an attribute."""
+    return html.escape(text, quote=True)
+
+
+def write_page(path: str | os.PathLike[str], template: Path, **values: str) -> None:
+    """Write a page, whole.
+
+    Args:
+        path: the HTML file; replaced.
+        template: HTML in which `{{name}}` stands for a value, and `{{style}}` for page.css.
+        values: HTML of each name; nothing in it is escaped or put in again.
+    """
+    values["style"] = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    text = template.read_text(encoding="utf-8")
+    write_text_atomic(path, re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], text))
