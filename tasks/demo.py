@@ -22,7 +22,8 @@ import tensorflow as tf
 
 from tasks import settings
 from tasks.preprocessors import Denoise
-from vikhr_t5.data.sources import Example, JsonLinesSource, TextSource, held_out, text_hash
+from vikhr_t5.data.hashing import text_hash
+from vikhr_t5.data.sources import Example, JsonLinesSource, TextSource, held_out
 
 DATA = Path(__file__).parent / "demo_data"
 HELD_OUT = 0.05

@@ -16,68 +16,18 @@ the bot's turns alone:
 Where the sets are read from, `tasks.settings.source` says. A chat is held out by a hash of its first question.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from tasks import settings
-from vikhr_t5.data.sources import Example, text_hash
-from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.data.chats import PUBLISHED, SCHEMAS, SYSTEM_PROMPT, Chat, Turn, is_held_out, messages
+from vikhr_t5.data.sources import Example
 
-SYSTEM_PROMPT = "Ты — Сайга, русскоязычный автоматический ассистент. Ты разговариваешь с людьми и помогаешь им."
-ROLES = {"system": "system", "user": "user", "bot": "bot", "assistant": "bot"}  # as published -> as written
 SUFFIX = "<s>bot"
 MAX_INPUTS = 1024  # tokens with EOS, as in the recipes' TASK_FEATURE_LENGTHS
-HELD_OUT = 0.02
-
-
-class Turn(NamedTuple):
-    role: str
-    content: str
-
-    def __str__(self) -> str:
-        return f"<s>{self.role}\n{self.content}</s>\n"
-
-
-Chat = list[Turn]
-
-
-# ---- what is published -> a chat -------------------------------------------------------------------------------------
-
-
-def messages(record: str) -> Chat:
-    """A chat from JSON: a list of {role, content}, or {role: [...], content: [...]}, which is how older versions of
-    `datasets` store the same. Blank turns are left out. UserError for anything else."""
-    try:
-        found = json.loads(record)
-        if isinstance(found, dict):
-            pairs = list(zip(found["role"], found["content"], strict=True))
-        else:
-            pairs = [(message["role"], message["content"]) for message in found]
-        chat = [Turn(role, content.strip()) for role, content in pairs if content.strip()]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"a chat is a list of {{role, content}}, both texts; this is none: {record[:80]!r}") from None
-    for role, _ in chat:
-        if role not in ROLES:
-            raise UserError(f"unknown role {role!r} in the chat {record[:80]!r}; {nearest(role, ROLES)}")
-    return [Turn(ROLES[role], content) for role, content in chat]
-
-
-def instruction(asked: str, answer: str) -> Chat:
-    """A chat of one question."""
-    return [turn for turn in (Turn("user", asked.strip()), Turn("bot", answer.strip())) if turn.content]
-
-
-def instruction_with_input(asked: str, given: str, answer: str) -> Chat:
-    """A chat of one question, to which the text that it is about belongs."""
-    return instruction(f"{asked.strip()}\nДано: {given.strip()}" if given.strip() else asked, answer)
-
-
-# ---- a chat -> examples ----------------------------------------------------------------------------------------------
 
 
 def examples(chat: Chat, length: Callable[[str], int], max_inputs: int = MAX_INPUTS) -> Iterator[tuple[str, str]]:
@@ -136,10 +86,6 @@ def next_turns(
     return preprocess
 
 
-def first_question(chat: Chat) -> str:
-    return next((turn.content for turn in chat if turn.role == "user"), "")
-
-
 def add_task(
     name: str,
     dataset: str,
@@ -156,8 +102,7 @@ def add_task(
     """
 
     def belongs(split: str, row: Example) -> bool:
-        asked = first_question(make(*(row[field].decode() for field in fields)))
-        return (text_hash(asked.encode()) < HELD_OUT) == (split == "validation")
+        return is_held_out(make(*(row[field].decode() for field in fields))) == (split == "validation")
 
     seqio.TaskRegistry.add(
         name,
@@ -172,15 +117,15 @@ def add_task(
     )
 
 
-SETS: dict[str, tuple[Any, ...]] = {
-    "saiga_turbo": ("IlyaGusev/ru_turbo_saiga",),
-    "saiga_sharegpt": ("IlyaGusev/ru_sharegpt_cleaned",),
-    "saiga_oasst1": ("IlyaGusev/oasst1_ru_main_branch",),
-    "saiga_evol_instruct": ("IlyaGusev/ru_turbo_alpaca_evol_instruct", instruction, ("instruction", "output")),
-    "saiga_gpt4": ("lksy/ru_instruct_gpt4", instruction_with_input, ("instruction", "input", "full_output")),
+SETS = {
+    "saiga_turbo": "IlyaGusev/ru_turbo_saiga",
+    "saiga_sharegpt": "IlyaGusev/ru_sharegpt_cleaned",
+    "saiga_oasst1": "IlyaGusev/oasst1_ru_main_branch",
+    "saiga_evol_instruct": "IlyaGusev/ru_turbo_alpaca_evol_instruct",
+    "saiga_gpt4": "lksy/ru_instruct_gpt4",
 }
 
 for task, published in SETS.items():
-    add_task(task, *published)
+    add_task(task, published, *SCHEMAS[PUBLISHED[published]])
 
 seqio.MixtureRegistry.add("vikhr_saiga", list(SETS), default_rate=seqio.mixing_rate_num_examples)

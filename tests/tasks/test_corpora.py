@@ -15,7 +15,7 @@ import zstandard
 
 from vikhr_t5.data import denoisers
 from vikhr_t5.data.cache import cache
-from vikhr_t5.data.sources import text_hash
+from vikhr_t5.data.hashing import text_hash
 from vikhr_t5.data.vocabulary import train_vocabulary
 from vikhr_t5.errors import UserError
 

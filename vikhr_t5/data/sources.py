@@ -11,7 +11,6 @@ before a UserError stops it; with the default of 0 the first one does.
 import abc
 import codecs
 import glob
-import hashlib
 import io
 import itertools
 import json
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 import seqio
 import tensorflow as tf
 
+from vikhr_t5.data.hashing import text_hash
 from vikhr_t5.errors import UserError, nearest
 
 PIECE_BYTES = 32 << 20
@@ -58,11 +58,6 @@ def held_out(field: str, share: float) -> Belongs:
         return (text_hash(example[field]) < share) == (split == "validation")
 
     return belongs
-
-
-def text_hash(text: bytes) -> float:
-    """A uniform number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
 
 
 class _BadLines:
