@@ -37,6 +37,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vikhr_t5/report.py": (),
     "vikhr_t5/dry_run.py": ("vikhr_t5.train", "vikhr_t5.model", "vikhr_t5.data"),
     "vikhr_t5/cli.py": (
+        "vikhr_t5.command_line",
         "vikhr_t5.data",
         "vikhr_t5.dry_run",
         "vikhr_t5.eval",
@@ -55,7 +56,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "vikhr_t5.train.checkpoints",
         "vikhr_t5.data.vocabulary",
     ),
-    "vikhr_mistral": ("vikhr_mistral", "vikhr_t5.data"),
+    "vikhr_mistral/cli.py": ("vikhr_mistral", "vikhr_t5.command_line"),
+    "vikhr_mistral": (
+        "vikhr_mistral",
+        "vikhr_t5.data",
+        "conversion.charsmap",
+        "conversion.safetensors",
+        "conversion.tokenizer_json",
+        "conversion.weights",
+    ),
 }
 # Third-party packages that only these files may import.
 RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {

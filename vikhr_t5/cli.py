@@ -1,40 +1,27 @@
-"""`vikhr-t5`: every command. Each parses its flags, calls one function of the package, and imports it only then.
-
-Exit status: 0 done; 2 bad input, one line that says what, where and what to do; 1 an internal failure;
-130 interrupted. `--debug` shows the traceback.
-"""
+"""`vikhr-t5`: every command. Each parses its flags, calls one function of the package, and imports it only then."""
 
 import argparse
 import dataclasses
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vikhr_t5 import __version__
-from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.command_line import Parser, add_command, exit_status, refuse_unknown
+from vikhr_t5.errors import UserError
 from vikhr_t5.packages import require_own
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors that are one line and an example after the flags."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands, with their flags."""
-    parser = _Parser(
+    parser = Parser(
         prog="vikhr-t5",
         description="Train T5 models: from text to a Hugging Face model.",
         epilog="example:\n  vikhr-t5 train --gin_file=recipes/demo.gin --dry_run --gin.MODEL_DIR=runs/demo …",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"vikhr-t5 {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
@@ -67,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     infer.add_argument("--shard_id", type=int, metavar="N", help="the same as --gin.infer.shard_id")
 
-    cache = _command(
+    cache = add_command(
         commands,
         "cache",
         _cache,
@@ -78,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     cache.add_argument("--splits", metavar="A,B", help="default: all")
     cache.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
 
-    preview = _command(
+    preview = add_command(
         commands,
         "preview",
         _preview,
@@ -92,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     preview.add_argument("--targets", type=int, default=240, metavar="T", help="targets length (default 240)")
     preview.add_argument("--denoisers", metavar="NAME", help="another mixture of denoisers: ul2, ul2r, fred, …")
 
-    convert = _command(
+    convert = add_command(
         commands,
         "convert",
         _convert,
@@ -115,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="compare with transformers, or array by array (default: yes; of a large model, some layers)",
     )
 
-    report = _command(
+    report = add_command(
         commands,
         "report",
         _report,
@@ -127,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     vocab = commands.add_parser("vocab", help="vocabularies", description="Vocabularies.")
     actions = vocab.add_subparsers(title="actions", metavar="ACTION", required=True)
-    vocab_train = _command(
+    vocab_train = add_command(
         actions,
         "train",
         _vocab_train,
@@ -140,7 +127,19 @@ def build_parser() -> argparse.ArgumentParser:
     vocab_train.add_argument("--model_type", choices=["unigram", "bpe"], default="unigram")
     vocab_train.add_argument("--character_coverage", type=float, default=0.9999, metavar="X")
     vocab_train.add_argument("--max_lines", type=int, metavar="N", help="train on a sample of the lines")
-    swap = _command(
+    chart = add_command(
+        actions,
+        "chart",
+        _vocab_chart,
+        "how finely tokenizers cut a text, as table and picture",
+        "vikhr-t5 vocab chart --tokenizers Mistral=tokenizer.model.v1,ours=spiece.model --texts ru.txt --output a.png",
+        "A tokenizer is a SentencePiece model, a tokenizer.json, a tekken.json, OpenAI's NAME.tiktoken, or a folder\n"
+        "with one of them. See docs/vocabularies.md.",
+    )
+    chart.add_argument("--tokenizers", required=True, metavar="NAME=F,…", help="names and their files or folders")
+    chart.add_argument("--texts", required=True, metavar="F,G", help="UTF-8 text files to measure on")
+    chart.add_argument("--output", metavar="F", help=".png, .svg or .html; without it, the table alone")
+    swap = add_command(
         actions,
         "swap",
         _vocab_swap,
@@ -149,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
         "New rows are means of the old rows of a piece's text. The result is a checkpoint to start a run from\n"
         "(INITIAL_CHECKPOINT_PATH). See docs/conversion.md.",
     )
-    extend = _command(
+    extend = add_command(
         actions,
         "extend",
         _vocab_extend,
@@ -181,7 +180,7 @@ def _gin_command(
     example: str,
 ) -> argparse.ArgumentParser:
     """A command that gin files configure. The flags are t5x's."""
-    parser = _command(
+    parser = add_command(
         commands,
         name,
         run,
@@ -197,27 +196,6 @@ def _gin_command(
     for ours_anyway in ("--alsologtostderr", "--logtostderr"):  # what absl's users write
         parser.add_argument(ours_anyway, nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--seqio_additional_cache_dirs", help=argparse.SUPPRESS)
-    return parser
-
-
-def _command(
-    commands: argparse._SubParsersAction,
-    name: str,
-    run: Callable[[argparse.Namespace], int | None],
-    summary: str,
-    example: str,
-    notes: str = "",
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"{notes}\n\nexample:\n  {example}".lstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -392,6 +370,21 @@ def _vocab_train(flags: argparse.Namespace) -> None:
     print(f"written: {flags.output}, {trained.size - trained.extra_ids} pieces (sentinels come on top)")
 
 
+def _vocab_chart(flags: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from vikhr_t5.data import fertility, vocabulary
+
+    named = [part.rpartition("=")[::2] for part in flags.tokenizers.split(",") if part]
+    tokenizers = [fertility.open_tokenizer(source, name or None) for name, source in named]
+    texts = list(vocabulary.read_lines([Path(name) for name in flags.texts.split(",") if name]))
+    measured = [fertility.measure(tokenizer, texts) for tokenizer in tokenizers]
+    Console().print(fertility.table(measured))
+    if flags.output:
+        fertility.write_chart(measured, flags.output)
+        print(f"written: {flags.output}")
+
+
 def _vocab_swap(flags: argparse.Namespace, extend: bool = False) -> None:
     require_own("conversion")
     from conversion import vocabulary_change
@@ -448,34 +441,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     takes_gin = flags.run in (_train, _eval, _infer)
     flags.bindings = [a.removeprefix("--gin.") for a in rest if a.startswith("--gin.")] if takes_gin else []
     unknown = [a for a in rest if not (flags.bindings and a.startswith("--gin."))]
-    if unknown:
-        known = [option for action in flags.parser._actions for option in action.option_strings]
-        hint = nearest(unknown[0].split("=")[0], known)
-        raise UserError(f"unknown argument {unknown[0]!r} of {flags.command} ({hint})")
+    refuse_unknown(flags, unknown)
     return flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in arguments
     sys.path.append(os.getcwd())  # last: modules of tasks beside the user's gin files are found, ours stay first
-    try:
+
+    def command() -> int | None:
         flags = parse(arguments)
         if argv is None and flags.run in (_train, _eval, _infer, _convert):
             _use_huge_pages()
-        return flags.run(flags) or 0
-    except KeyboardInterrupt:
-        print("vikhr-t5: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        bad_input = isinstance(error, UserError)
-        message = str(error).split("\n")[0]  # gin appends its own account of the call to further lines
-        name = "" if bad_input else f"{type(error).__name__}: "
-        print(f"vikhr-t5: {name}{message}" + ("" if bad_input else " (run with --debug to see where)"), file=sys.stderr)
-        return 2 if bad_input else 1
+        return flags.run(flags)
+
+    return exit_status("vikhr-t5", command, debug="--debug" in arguments)
 
 
 if __name__ == "__main__":
