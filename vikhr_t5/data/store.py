@@ -19,7 +19,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vikhr_t5.data import seqio_process
 from vikhr_t5.data.manifest import NEEDS_SEQIO, Manifest, Shard, provenance_from_json
 from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError, nearest
@@ -309,12 +309,5 @@ def ensure_cached(
         "extra_ids": vocabulary.extra_ids,
         "num_workers": num_workers,
     }
-    # The subprocess must find the same packages as this process: same sys.path, and nothing put in front of it (-P).
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-P", "-m", "vikhr_t5.data.cache", json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode == 2:
-        raise UserError(done.stdout.strip())
-    if done.returncode != 0:
-        raise RuntimeError(f"caching {mixture_or_task} ended with exit status {done.returncode}; its output is above")
+    seqio_process.run("vikhr_t5.data.cache", arguments)
     return open_cached(cache_dir, mixture_or_task, split, vocabulary.fingerprint())
