@@ -19,6 +19,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from vikhr_t5.data.drops import drop
+
 BATCH = 64  # documents handed to Python in one call
 
 Step = Callable[[str], str | None]
@@ -29,14 +31,17 @@ Preprocessor = Callable[[tf.data.Dataset], tf.data.Dataset]
 
 
 def clean(*steps: Step, field: str = "text") -> Preprocessor:
-    """A seqio preprocessor: the steps, in this order, on a feature; an example is left out where one returns None."""
+    """A seqio preprocessor: the steps, in this order, on a feature; an example is left out where one returns None, and
+    counted under the step's name (`vikhr_t5.data.drops`)."""
 
     def apply(document: bytes) -> str | None:
-        text: str | None = document.decode(errors="replace")
+        text = document.decode(errors="replace")
         for step in steps:
-            if text is None:
-                break
-            text = step(text)
+            result = step(text)
+            if result is None:
+                drop(seqio.utils.function_name(step))
+                return None
+            text = result
         return text
 
     def texts(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +64,7 @@ def at_least(field: str, minimum: float, key: str | None = None) -> Preprocessor
     """A seqio preprocessor that keeps the examples whose `field` is a number that is no less than `minimum`.
 
     With a `key` the field is an object in JSON, and the number is what it has under the key. An example without a
-    number there is left out.
+    number there is left out. They are counted as `at_least_FIELD`, or `at_least_KEY`.
     """
 
     def suffices(value: bytes) -> bool:
@@ -72,7 +77,9 @@ def at_least(field: str, minimum: float, key: str | None = None) -> Preprocessor
         return isinstance(number, int | float) and number >= minimum
 
     def keep(values: np.ndarray) -> np.ndarray:
-        return np.array([suffices(value) for value in values], bool)
+        kept = np.array([suffices(value) for value in values], bool)
+        drop(f"at_least_{key or field}", int(np.count_nonzero(~kept)))
+        return kept
 
     def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
         def batch(examples: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
