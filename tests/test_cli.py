@@ -13,7 +13,17 @@ from vikhr_t5 import cli, packages
 from vikhr_t5.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = [["train"], ["eval"], ["infer"], ["cache"], ["preview"], ["convert"], ["report"], ["vocab", "train"]]
+COMMANDS = [
+    ["train"],
+    ["eval"],
+    ["infer"],
+    ["cache"],
+    ["preview"],
+    ["convert"],
+    ["report"],
+    ["vocab", "train"],
+    ["vocab", "chart"],
+]
 
 
 @pytest.fixture(autouse=True)
