@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import json
 import os
 import re
 import shutil
@@ -94,3 +95,17 @@ def write_text_atomic(destination: str | os.PathLike[str], text: str) -> None:
     """`Path.write_text`, but whole or absent. UTF-8."""
     with atomic_path(destination) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def keep_lines_up_to(path: Path, step: int) -> None:
+    """Rewrite a JSON-lines file without the lines of later steps, and without a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text_atomic(path, "".join(kept))

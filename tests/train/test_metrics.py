@@ -10,7 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from vikhr_t5.errors import UserError
-from vikhr_t5.train.metrics import PEAK_TFLOPS, Cost, MetricsLog, memory_gib, peak_flops, summarize_training
+from vikhr_t5.devices import PEAK_TFLOPS
+from vikhr_t5.train.metrics import Cost, MetricsLog, memory_gib, peak_flops, summarize_training
 
 SUMS = {
     "loss": 60.0, "z_loss": 3.0, "correct": 10.0, "weight": 20.0, "grad_norm": 8.0, "learning_rate": 0.5,

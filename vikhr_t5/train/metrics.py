@@ -20,31 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
+from vikhr_t5.devices import data_sheet_tflops
 from vikhr_t5.errors import UserError
-from vikhr_t5.files import write_text_atomic
+from vikhr_t5.files import keep_lines_up_to
 
-# Dense bf16 matmul peaks of one device (fp16 for V100 and T4, which lack bf16), TFLOP/s, from the makers' data sheets.
-# Matched as a prefix of `device_kind`, first hit wins. MFU is against this figure whatever the compute type.
-PEAK_TFLOPS = (
-    ("NVIDIA B200", 2250),
-    ("NVIDIA H200", 989),
-    ("NVIDIA H100 PCIe", 756),
-    ("NVIDIA H100", 989),
-    ("NVIDIA GH200", 989),
-    ("NVIDIA A100", 312),
-    ("NVIDIA A10G", 70),
-    ("NVIDIA A10", 125),
-    ("NVIDIA L40S", 362),
-    ("NVIDIA L4", 121),
-    ("NVIDIA GeForce RTX 4090", 165),
-    ("NVIDIA GeForce RTX 3090", 71),
-    ("Tesla V100", 125),
-    ("Tesla T4", 65),
-    ("TPU v6", 918),
-    ("TPU v5p", 459),
-    ("TPU v5", 197),
-    ("TPU v4", 275),
-)
 T5X_NAMES = {
     "loss": "loss_per_nonpadding_target_token",
     "useful_inputs": "non_padding_fraction/encoder",
@@ -105,9 +84,8 @@ def summarize_training(
 def peak_flops(dtype: str) -> tuple[float, str]:
     """(FLOP/s of one device, where the figure is from): the table, or a matmul of `dtype` timed here."""
     kind = jax.devices()[0].device_kind
-    for prefix, teraflops in PEAK_TFLOPS:
-        if kind.startswith(prefix):
-            return teraflops * 1e12, f"{kind}: {teraflops} TFLOP/s bf16 by its data sheet"
+    if teraflops := data_sheet_tflops(kind):
+        return teraflops * 1e12, f"{kind}: {teraflops} TFLOP/s bf16 by its data sheet"
     size = 1024
     x = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
     matmul = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
@@ -145,7 +123,7 @@ class MetricsLog:
         self._writers: dict[str, Any] = {}
         self._writes = jax.process_index() == 0  # of several hosts, one
         for name in ("metrics.jsonl", "samples.jsonl") if self._writes else ():
-            _keep_lines_up_to(folder / name, step)
+            keep_lines_up_to(folder / name, step)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line; the numbers of "train", "eval" and "inference_eval" go to TensorBoard, too (an evaluation's folder
@@ -228,17 +206,3 @@ def environment(mesh: Mapping[str, int]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Seven digits are enough for a metric, and JSON has no NaN."""
     return value if not isinstance(value, float) else float(f"{value:.7g}") if math.isfinite(value) else None
-
-
-def _keep_lines_up_to(path: Path, step: int) -> None:
-    """Rewrite a JSON-lines file without the lines of later steps, and without a last line that was cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_text_atomic(path, "".join(kept))
