@@ -72,6 +72,7 @@ class Schema(NamedTuple):
 SCHEMAS = {
     "messages": Schema(messages, ("messages",)),
     "gpt4": Schema(instruction_with_input, ("instruction", "input", "full_output")),
+    "alpaca": Schema(instruction_with_input, ("instruction", "input", "output")),
     "evol_instruct": Schema(instruction, ("instruction", "output")),
 }
 PUBLISHED = {
