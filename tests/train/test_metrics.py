@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from vikhr_t5.errors import UserError
 from vikhr_t5.devices import PEAK_TFLOPS
+from vikhr_t5.errors import UserError
 from vikhr_t5.train.metrics import Cost, MetricsLog, memory_gib, peak_flops, summarize_training
 
 SUMS = {
