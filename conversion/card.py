@@ -71,7 +71,7 @@ def text(
     """
     config = model.config
     tied, umt5 = config.logits_via_embedding, config.relative_bias_per_layer
-    modes = ", ".join(f"`{token.removeprefix('▁')}`" for token in vocabulary.mode_tokens)
+    modes = ", ".join(f"`{token}`" for token in vocabulary.mode_tokens)
     return _TEMPLATE.format(
         name=name,
         kind="A umT5 encoder-decoder" if umt5 else f"A T5 v1.{0 if tied else 1} encoder-decoder",

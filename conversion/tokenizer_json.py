@@ -3,8 +3,8 @@
 `tokenizers` builds a tokenizer from five parts. What each does here to give the ids of `Vocabulary.encode`:
 
 - normalizer: SentencePiece's character map (charsmap.py); spaces squeezed and stripped; a space put in front; "▁" for
-  spaces; and the space before a sentinel taken away, since the sentinel's piece is "▁<extra_id_0>". A sentinel with no
-  space before it ("(<extra_id_0>)") is text to SentencePiece: a mark inside hides it from the next part.
+  spaces; and the space before a sentinel or a mode token taken away, since their pieces are "▁<extra_id_0>", "▁[NLU]".
+  One with no space before it ("(<extra_id_0>)") is text to SentencePiece: a mark inside hides it from the next part.
 - added tokens: sentinels and mode tokens, found in the *normalized* text, as SentencePiece finds user-defined pieces.
   Found in the raw text they would cut it into parts that are each stripped and prefixed.
 - pre-tokenizer: takes the mark out, which cuts the text there, and cuts before each "▁". Neither changes an id, since
@@ -12,12 +12,12 @@
 - model: Unigram with the model's scores, or BPE with merges ranked by the score of what they make.
 - decoder: the reverse.
 
-Two things differ in texts of ordinary length. `</s>`, `<pad>` and `<unk>` written in a text become those ids, as in
-every Hugging Face tokenizer. And a text that is nothing but a mode token whose piece has no "▁" becomes that one id,
-where SentencePiece puts a lone "▁" before it: `tokenizers` normalizes the name of an added token to know what to look
-for, so a text equal to the name is always found whole. In one text of more than some 30,000 letters a third appears:
-SentencePiece's Unigram adds scores up over the whole text in float32, so that two segmentations whose scores differ by
-less than its step (0.004 there) are a toss-up to it. Exact ties are decided alike.
+What differs: `</s>`, `<pad>` and `<unk>` written in a text become those ids, as in every Hugging Face tokenizer. In one
+text of more than some 30,000 letters, SentencePiece's Unigram adds scores up in float32, so that two segmentations
+whose scores differ by less than its step (0.004 there) are a toss-up to it; exact ties are decided alike. And in
+vocabularies whose mode tokens are pieces without "▁" (`train_vocabulary` makes none), a text that is nothing but such a
+token becomes that one id, where SentencePiece puts a lone "▁" before it: `tokenizers` normalizes the name of an added
+token to know what to look for, so a text equal to the name is always found whole.
 """
 
 import re
@@ -70,7 +70,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
             "pair": [text, end, pair, end],
             "special_tokens": {eos: {"id": eos, "ids": [vocabulary.eos_id], "tokens": [eos]}},
         },
-        "decoder": {"type": "Sequence", "decoders": _decoders(model)},
+        "decoder": {"type": "Sequence", "decoders": _decoders(vocabulary, model)},
         "model": _model(vocabulary, model),
     }
 
@@ -92,8 +92,8 @@ def _check(vocabulary: Vocabulary, model: Any) -> None:
 
 
 def added_tokens(vocabulary: Vocabulary) -> dict[str, int]:
-    """Mode tokens and sentinels: name -> id. A piece "▁[NLU]" is the token "[NLU]" with the space before it."""
-    modes = {piece.removeprefix(SPACE): vocabulary.mode_id(piece) for piece in vocabulary.mode_tokens}
+    """Mode tokens and sentinels: name -> id."""
+    modes = {name: vocabulary.mode_id(name) for name in vocabulary.mode_tokens}
     return modes | {f"<extra_id_{i}>": vocabulary.sentinel(i) for i in range(vocabulary.num_sentinels)}
 
 
@@ -103,7 +103,7 @@ def _added_token(name: str, id: int, in_normalized_text: bool) -> dict[str, Any]
 
 
 def _normalizers(vocabulary: Vocabulary, model: Any) -> list[dict[str, Any]]:
-    spec, added = model.normalizer_spec, added_tokens(vocabulary)
+    spec, added, spaced = model.normalizer_spec, added_tokens(vocabulary), _spaced(vocabulary, model)
     steps = charsmap.normalizers(model)
     if spec.remove_extra_whitespaces:
         steps.append(charsmap.replace(rf"\A +|[ {SPACE}]+\z| +(?= )", ""))
@@ -111,14 +111,25 @@ def _normalizers(vocabulary: Vocabulary, model: Any) -> list[dict[str, Any]]:
         # `tokenizers` normalizes the names of added tokens too, in order to find them: those stay as they are.
         steps.append(charsmap.replace(rf"\A(?!(?:{_any_of(added)})?\z)", SPACE))
     steps.append(charsmap.replace_string(" ", SPACE))
-    bare = {piece for piece in vocabulary.mode_tokens if not piece.startswith(SPACE)}
-    if place := _hiding_place(vocabulary, model):
-        before, after = _SENTINEL[:place], _SENTINEL[place:]
-        numbers = _any_of(name for name in added if name.startswith(_SENTINEL)).removeprefix(_SENTINEL)
-        steps.append(charsmap.replace(rf"(?<=[^{SPACE}]{before})(?={after}{numbers})", _HIDDEN))
-    if spaced := added.keys() - bare:
+    pieces = [piece.piece for piece in model.pieces[: vocabulary.last_sentinel] if piece.type == _NORMAL]
+    for prefix in _prefixes(spaced):
+        if place := _hiding_place(prefix, pieces, model.trainer_spec.byte_fallback):
+            before, after = re.escape(prefix[:place]), _any_of(n for n in spaced if n.startswith(prefix))
+            steps.append(charsmap.replace(rf"(?<=[^{SPACE}]{before})(?={after.removeprefix(before)})", _HIDDEN))
+    if spaced:
         steps.append(charsmap.replace(f"{SPACE}(?={_any_of(spaced)})", ""))
     return steps
+
+
+def _spaced(vocabulary: Vocabulary, model: Any) -> set[str]:
+    """The added tokens whose pieces begin with a "▁" that their names leave out."""
+    bare = {piece.piece for piece in model.pieces if piece.type == _USER_DEFINED}
+    return added_tokens(vocabulary).keys() - bare
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What the names begin with: of the sentinels what they share, of others the whole name."""
+    return sorted({_SENTINEL if name.startswith(_SENTINEL) else name for name in names})
 
 
 def _any_of(names: Iterable[str]) -> str:
@@ -129,15 +140,16 @@ def _any_of(names: Iterable[str]) -> str:
     return "|".join([*others, *([f"{_SENTINEL}(?:{'|'.join(numbers)})"] if numbers else [])])
 
 
-def _hiding_place(vocabulary: Vocabulary, model: Any) -> int | None:
-    """Where "<extra_id_" can be cut and give the same ids: no piece holds what stands on both sides of the cut.
+def _hiding_place(name: str, pieces: Iterable[str], byte_fallback: bool) -> int | None:
+    """Where a name can be cut and give the same ids: no piece holds what stands on both sides of the cut, nor is it
+    between two unknown letters, which are one unknown piece.
 
-    None where there is no such place, or no sentinel: then one is found without a space before it, too.
+    None where there is no such place: then the name is found without a space before it, too.
     """
-    pieces = {piece.piece for piece in model.pieces[: vocabulary.last_sentinel] if piece.type == _NORMAL}
-    for place in range(1, len(_SENTINEL)) if vocabulary.num_sentinels else ():
-        left, right = _SENTINEL[place - 1], _SENTINEL[place]
-        if {left, right} <= pieces and not any(left + right in piece for piece in pieces):
+    known = set(pieces)
+    for place in range(1, len(name)):
+        left, right = name[place - 1], name[place]
+        if (byte_fallback or known & {left, right}) and not any(left + right in piece for piece in known):
             return place
     return None
 
@@ -150,10 +162,10 @@ def _pre_tokenizers(vocabulary: Vocabulary, model: Any) -> list[dict[str, Any]]:
     return steps
 
 
-def _decoders(model: Any) -> list[dict[str, Any]]:
+def _decoders(vocabulary: Vocabulary, model: Any) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = [
         charsmap.replace_string(SPACE, " "),
-        charsmap.replace_string(_SENTINEL, f" {_SENTINEL}"),
+        *(charsmap.replace_string(prefix, f" {prefix}") for prefix in _prefixes(_spaced(vocabulary, model))),
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
@@ -182,13 +194,17 @@ def _model(vocabulary: Vocabulary, model: Any) -> dict[str, Any]:
         "byte_fallback": byte_fallback,
         "ignore_merges": False,
         "vocab": {name: id for id, name in enumerate(names)},
-        "merges": _merges(model),
+        "merges": merges(model),
     }
 
 
-def _merges(model: Any) -> list[tuple[str, str]]:
-    """All pairs that make a piece, the piece with the highest score first: SentencePiece merges any such pair."""
+def merges(model: Any) -> list[tuple[str, str]]:
+    """All pairs that make a piece, the piece with the highest score first: SentencePiece merges any such pair.
+
+    Of pairs whose pieces have one score, SentencePiece takes the first in the text. Ranks cannot say that; but where
+    such pieces are runs of one character, as Mistral's of "▁", the first is the one with the longest left side.
+    """
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
-    order = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
-    cuts = ((piece[:i], piece[i:]) for piece in order for i in range(1, len(piece)))
-    return [(left, right) for left, right in cuts if left in scores and right in scores]
+    cuts = ((piece[:i], piece[i:]) for piece in scores for i in range(1, len(piece)))
+    pairs = [(left, right) for left, right in cuts if left in scores and right in scores]
+    return sorted(pairs, key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0])))

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from conversion import charsmap, tokenizer, tokenizer_json
-from vikhr_t5.data.vocabulary import Vocabulary, train_vocabulary
+from vikhr_t5.data.vocabulary import Vocabulary
 from vikhr_t5.errors import UserError
 
 HARD = [
@@ -45,6 +45,9 @@ HARD = [
     "<extra_id_7>",
     "  <extra_id_7>  <extra_id_8>да <extra_id_9>.",
     "<extra_id_300> <extra_id_> <extra_id_01> <EXTRA_ID_1>",
+    "[NLU]",
+    " \t[S2S]\n",
+    "<SC1> <LM>",
     "[NLU] понять",
     "дальше [S2S] и <LM>, <SC1><SC6>",
     " [NLG]слитно<SC2>с <extra_id_3> текстом [NLU] ",
@@ -138,7 +141,20 @@ def test_a_pair_of_texts_ends_twice(exported: AutoTokenizer, vocabulary: Vocabul
 
 
 MARKS = [chr(code) for code in (*range(0x300, 0x30D), 0x31B, 0x323, 0x327, 0x328, 0x338, 0x345, 0x20DD, 0x3099)]
-TOKENS = [" <extra_id_0>", "<extra_id_7>", " <extra_id_299>", "[NLU]", " [S2S] ", "<SC1>", "<0x41>", " ", "  ", "\n"]
+TOKENS = [
+    " <extra_id_0>",
+    "<extra_id_7>",
+    " <extra_id_299>",
+    "[NLU]",
+    " [NLG]",
+    " [S2S] ",
+    "<SC1>",
+    " <LM>",
+    "<0x41>",
+    " ",
+    "  ",
+    "\n",
+]
 
 
 def _pieces() -> st.SearchStrategy[str]:
@@ -153,9 +169,6 @@ def _pieces() -> st.SearchStrategy[str]:
 @example(parts=["[NLU]", "\x1b"])
 def test_any_text(exported: AutoTokenizer, vocabulary: Vocabulary, parts: list[str]) -> None:
     text = "".join(parts)
-    modes = [[name] for name in vocabulary.mode_tokens]
-    if [piece for piece in map(vocabulary.piece, vocabulary.encode(text)) if piece != "▁"] in modes:
-        return  # once normalised, nothing but a mode token: see conversion/tokenizer_json.py
     if ">\u0338" in text:
         return  # the mark would join the sign that ends a sentinel
     assert exported(text).input_ids == [*vocabulary.encode(text), vocabulary.eos_id]
@@ -229,20 +242,30 @@ def test_other_settings_of_sentencepiece(vocabulary: Vocabulary, tmp_path: Path,
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json.tokenizer_json(changed)))
     ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in HARD:
-        if setting == "add_dummy_prefix" and text.lstrip().startswith("<extra_id_"):
-            continue  # a sentinel without a space before it
+        if setting == "add_dummy_prefix" and text.lstrip().startswith(("<extra_id_", *changed.mode_tokens)):
+            continue  # one without a space before it
         assert ours.encode(text).ids[:-1] == changed.encode(text), text
         decoded = ours.decode(changed.encode(text), skip_special_tokens=False)
         assert decoded.replace("<unk>", " ⁇ ") == changed.decode(changed.encode(text))
 
 
-def test_a_piece_with_its_space_is_a_mode_token_without_one(corpus: list[str], tmp_path: Path) -> None:
-    vocabulary = train_vocabulary(corpus[:2000], tmp_path / "a.model", 1000, mode_tokens=("▁[NLU]",))
-    tokenizer.write(vocabulary, tmp_path)
-    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for text in ("[NLU]", "[NLU] понять", " что [NLU] понять <extra_id_0>"):
-        assert ours.encode(text).ids[:-1] == vocabulary.encode(text)
-    assert ours.encode("[NLU]").tokens == ["[NLU]", "</s>"]
+def test_mode_tokens_whose_pieces_have_no_space(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """As SentencePiece's own trainer makes them: found inside a word as well."""
+    model = proto.ModelProto.FromString(vocabulary.model_bytes)
+    for piece in model.pieces:
+        if piece.type == proto.ModelProto.SentencePiece.USER_DEFINED:
+            piece.piece = piece.piece.removeprefix("▁")
+    (tmp_path / "bare.model").write_bytes(model.SerializeToString())
+    bare = Vocabulary(str(tmp_path / "bare.model"), 300)
+    assert bare.mode_tokens == vocabulary.mode_tokens
+    assert bare.mode_id("[NLU]") == vocabulary.mode_id("[NLU]")
+    ours = Tokenizer.from_str(json.dumps(tokenizer_json.tokenizer_json(bare)))
+    for text in HARD:
+        if text.strip() != "<extra_id_7>" and vocabulary.encode(text) not in [
+            [bare.mode_id(m)] for m in bare.mode_tokens
+        ]:
+            assert ours.encode(text).ids[:-1] == bare.encode(text), text
+    assert ours.encode("что[NLU]понять").ids[:-1].count(bare.mode_id("[NLU]")) == 1
 
 
 @pytest.mark.parametrize(

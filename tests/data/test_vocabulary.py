@@ -99,7 +99,10 @@ def test_decoding_shows_sentinels_and_drops_padding_and_eos(vocabulary: Vocabula
 
 def test_digits_are_split_and_mode_tokens_whole(vocabulary: Vocabulary) -> None:
     assert [vocabulary.piece(i) for i in vocabulary.encode("в 2024")][-4:] == list("2024")
-    assert vocabulary.mode_id("[S2S]") in vocabulary.encode("слово[S2S]слово")
+    for text in ("[S2S]", "[S2S] слово", "слово [S2S] слово"):
+        assert vocabulary.encode(text).count(vocabulary.mode_id("[S2S]")) == 1
+    assert vocabulary.encode("[S2S]") == [vocabulary.mode_id("[S2S]")]
+    assert vocabulary.mode_id("[S2S]") not in vocabulary.encode("слово[S2S]слово")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

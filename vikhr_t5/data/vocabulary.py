@@ -29,6 +29,7 @@ from vikhr_t5.remote import local_copy
 
 DEFAULT_MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]", "<LM>", "<SC1>", "<SC2>", "<SC3>", "<SC4>", "<SC5>", "<SC6>")
 
+_SPACE = "▁"
 _LINE_CHARACTERS = 8192
 _MODEL, _RECORD = "spiece.model", "vocabulary.json"
 _ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made at import, without stubs
@@ -105,7 +106,7 @@ class Vocabulary:
         extended = _ModelProto()
         extended.CopyFrom(self._model)
         for i in reversed(range(self.extra_ids)):
-            extended.pieces.add(piece=f"▁<extra_id_{i}>", score=0.0, type=_USER_DEFINED)
+            extended.pieces.add(piece=f"{_SPACE}<extra_id_{i}>", score=0.0, type=_USER_DEFINED)
         try:
             return sentencepiece.SentencePieceProcessor(model_proto=extended.SerializeToString())
         except RuntimeError as error:
@@ -154,9 +155,13 @@ class Vocabulary:
 
     @cached_property
     def mode_tokens(self) -> tuple[str, ...]:
-        """User-defined symbols of the model but for sentinels, in order of ids."""
-        pieces = self._model.pieces[: self.last_sentinel]
-        return tuple(piece.piece for piece in pieces if piece.type == _USER_DEFINED)
+        """Names of the model's user-defined symbols but for sentinels, in order of ids: "[NLU]" for "▁[NLU]", too."""
+        return tuple(self._mode_ids)
+
+    @cached_property
+    def _mode_ids(self) -> dict[str, int]:
+        pieces = enumerate(self._model.pieces[: self.last_sentinel])
+        return {piece.piece.removeprefix(_SPACE): i for i, piece in pieces if piece.type == _USER_DEFINED}
 
     def mode_id(self, token: str) -> int:
         """The id of a mode token such as "[NLU]". UserError with the nearest names when the model has none such."""
@@ -165,10 +170,10 @@ class Vocabulary:
                 f"mode token {token!r} is no user-defined symbol of {self.sentencepiece_model_file!r};"
                 f" {nearest(token, self.mode_tokens)}"
             )
-        return int(self._processor.PieceToId(token))
+        return self._mode_ids[token]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without EOS. Sentinels and mode tokens written in the text become their ids."""
+        """Ids of a text, without EOS. Sentinels and mode tokens written in the text as words become their ids."""
         return list(self._processor.EncodeAsIds(text))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -183,7 +188,7 @@ class Vocabulary:
         if not 0 <= id < self.size:
             raise UserError(f"id {id} is outside the vocabulary of {self.size} ({self!r})")
         piece = str(self._processor.IdToPiece(int(id)))
-        return piece.removeprefix("▁") if id >= self.last_sentinel else piece
+        return piece.removeprefix(_SPACE) if id >= self.last_sentinel or id in self._mode_ids.values() else piece
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the model file and the number of sentinels: equal for equal ids."""
@@ -197,7 +202,7 @@ def _sentinels_inside(model: Any) -> int:
     """How many of the model's last pieces are `<extra_id_0>` (the last), `<extra_id_1>`, …, with or without "▁"."""
     count = 0
     for piece in reversed(model.pieces):
-        if piece.piece.removeprefix("▁") != f"<extra_id_{count}>":
+        if piece.piece.removeprefix(_SPACE) != f"<extra_id_{count}>":
             break
         count += 1
     return count
@@ -275,7 +280,7 @@ def train_vocabulary(
         output: the `.model` file to write, whole or not at all.
         size: pieces of the model, mode tokens and bytes counted, sentinels not.
         model_type: "unigram" (T5's) or "bpe".
-        mode_tokens: pieces that are never split nor merged, read where a text spells them.
+        mode_tokens: words that are one piece with the space before them, as sentinels are: "▁[NLU]".
         character_coverage: share of the text's characters that get a piece; the rest becomes bytes.
         byte_fallback: have 256 byte pieces, so that no text becomes unknown.
         split_digits: a piece per digit of a number.
@@ -300,7 +305,7 @@ def train_vocabulary(
             model_writer=model,
             vocab_size=size,
             model_type=model_type,
-            user_defined_symbols=list(mode_tokens),
+            user_defined_symbols=[f"{_SPACE}{token}" for token in mode_tokens],
             character_coverage=character_coverage,
             byte_fallback=byte_fallback,
             split_digits=split_digits,
