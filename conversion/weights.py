@@ -30,7 +30,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
         UserError: there is no such file, a shard is missing, a file is cut short or not what its name says, or holds
             anything but tensors (a pickle is read for tensors only; code in it is not run).
     """
-    for name, read in ((SAFETENSORS, _safetensors), (TORCH, _torch)):
+    for name, read in ((SAFETENSORS, read_safetensors), (TORCH, _torch)):
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _sharded(index, read)
@@ -60,7 +60,8 @@ def _sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str
     return {name: shards[file][name] for name, file in weight_map.items()}
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """name -> tensor of one file. UserError where it is not whole."""
     import safetensors
 
     try:

@@ -111,7 +111,7 @@ def read_chats(sources: Sequence[str]) -> Iterator[tuple[str, Chat | UserError]]
     """(where, chat) of all rows of the sources; in place of a chat, what is wrong with the row.
 
     Args:
-        sources: as in `corpus.read_rows`: files, folders or names on the hub, with the fields of one of SCHEMAS.
+        sources: as in `records.read_rows`: files, folders or names on the hub, with the fields of one of SCHEMAS.
     """
     for source in sources:
         for where, row in read_rows(source):
