@@ -226,9 +226,9 @@ def _copy_header(source: BinaryIO, out: BinaryIO) -> list[str]:
 
 def _copy_others(base: Path, adapter: Path, folder: Path) -> None:
     """Settings of the base; the tokenizer comes from one folder as a whole."""
-    for file in ("config.json", "generation_config.json"):
-        if (base / file).is_file():
-            shutil.copyfile(base / file, folder / file)
+    for name in ("config.json", "generation_config.json"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
     source = adapter if (adapter / "tokenizer_config.json").is_file() else base
     for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"):
         for file in source.glob(pattern):
