@@ -1,4 +1,4 @@
-"""t5x's classes and functions, by t5x's argument names and with its defaults, made of ours.
+"""t5x's classes and functions, by its argument names and with its defaults, made of ours; t5x_scripts.py has the rest.
 
 Nothing is ignored silently. An argument is translated; or its value is what happens here anyway, and is accepted; or
 it would change the result or the cost, and a `Refusal` names it and says what to use instead. `stands_for` says which
@@ -8,104 +8,27 @@ object of ours an adapter makes; docs/from-t5x.md has the table for people.
 import dataclasses
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import optax
 
-from vikhr_t5 import eval as eval_script
-from vikhr_t5 import infer as infer_script
 from vikhr_t5.data import pipeline, vocabulary
-from vikhr_t5.errors import UserError
 from vikhr_t5.model import network
 from vikhr_t5.remote import local_copy
-from vikhr_t5.train import checkpoints, loop, optimizers, partitioning, state, step
+from vikhr_t5.t5x_refusals import Refusal, accept, say, stands_for
+from vikhr_t5.train import checkpoints, optimizers, partitioning, state, step
 from vikhr_t5.train.optax_optimizer import OptaxOptimizer
 from vikhr_t5.train.schedules import Schedule
 
 NEVER = 10**12  # steps
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Refusal(UserError):
-    """A binding of t5x that we do not follow. `binding`: "DatasetConfig.pack", for looking up where it stands."""
-
-    def __init__(self, binding: str, value: Any, instead: str):
-        super().__init__(
-            f"{binding} = {getattr(value, '__name__', None) or repr(value)} is not for vikhr-t5: {instead}"
-        )
-        self.binding = binding
-
-
-def _stands_for(ours: Any) -> Callable[[F], F]:
-    def mark(adapter: F) -> F:
-        adapter.stands_for = ours  # type: ignore[attr-defined]
-        return adapter
-
-    return mark
-
-
-def _accept(binding: str, value: Any, values: Sequence[Any], instead: str) -> None:
-    """Refusal unless `value` is one of those that change nothing here."""
-    if not any(value is one or (type(value) is type(one) and value == one) for one in values):
-        raise Refusal(binding, value, instead)
-
-
-def _accept_stand_in(binding: str, value: Any, name: str) -> None:
-    """Refusal unless `value` is None or the stand-in of t5x's own `name`: the default, given explicitly."""
-    if value is not None and getattr(value, "__name__", None) != name:
-        raise Refusal(binding, value, f"only t5x's own {name} has a counterpart: remove the binding")
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
-
-
-# ---- names that stand for what happens here anyway -------------------------------------------------------------------
-
-
-def summarize_gin_config() -> None:
-    """The configuration always goes into the run folder."""
-
-
-def get_dataset() -> None:
-    """Batches always come from the token store."""
-
-
-def get_training_eval_datasets(deterministic: bool = False) -> None:
-    """Evaluation batches are always the same, whatever `deterministic` says."""
-
-
-def verify_matching_vocabs() -> None:
-    """The vocabularies of task and model are always compared."""
-
-
-def standard_logical_factor_rules() -> str:
-    """Adafactor always factors as t5x's standard rules do."""
-    return "standard"
-
-
-def PyLoggingLogger() -> None:
-    """Metrics are always printed."""
-
-
-def TensorBoardLogger() -> None:
-    """Metrics always go to TensorBoard, too."""
-
-
-def JSONLogger(write_n_results: int | None = None) -> int | None:
-    """Metrics and predictions always go to JSON lines. Returns how many predictions of a task are written."""
-    return write_n_results
-
 
 # ---- vocabularies ----------------------------------------------------------------------------------------------------
 
 
-@_stands_for(vocabulary.Vocabulary)
+@stands_for(vocabulary.Vocabulary)
 def SentencePieceVocabulary(
     sentencepiece_model_file: str,
     extra_ids: int = 0,
@@ -115,13 +38,13 @@ def SentencePieceVocabulary(
 ) -> vocabulary.Vocabulary:
     """seqio's. `use_fast_tokenizer` is another implementation of the same ids."""
     name = "SentencePieceVocabulary"
-    _accept(f"{name}.normalizer_spec_overrides", normalizer_spec_overrides, [None], "put it into the model file")
-    _accept(f"{name}.reverse_extra_ids", reverse_extra_ids, [True], "sentinels count down from the highest id")
+    accept(f"{name}.normalizer_spec_overrides", normalizer_spec_overrides, [None], "put it into the model file")
+    accept(f"{name}.reverse_extra_ids", reverse_extra_ids, [True], "sentinels count down from the highest id")
     flag = f"--gin.seqio.{name}.sentencepiece_model_file=\"'/path/to/sentencepiece.model'\""
     return vocabulary.Vocabulary(local_copy(sentencepiece_model_file, f"or give a local copy: {flag}"), extra_ids)
 
 
-@_stands_for(vocabulary.ByteVocabulary)
+@stands_for(vocabulary.ByteVocabulary)
 def ByteVocabulary(extra_ids: int = 0) -> vocabulary.ByteVocabulary:
     """seqio's."""
     return vocabulary.ByteVocabulary(extra_ids)
@@ -130,7 +53,7 @@ def ByteVocabulary(extra_ids: int = 0) -> vocabulary.ByteVocabulary:
 # ---- model and optimizer ---------------------------------------------------------------------------------------------
 
 
-@_stands_for(network.T5Config)
+@stands_for(network.T5Config)
 def ScalableT5Config(
     vocab_size: int | None = None,
     dtype: str = "float32",
@@ -187,9 +110,9 @@ class EncoderDecoderModel(state.EncoderDecoderModel):
         default_decoder_params: Any = None,
     ):
         name = "EncoderDecoderModel"
-        _accept(f"{name}.decode_fn", decode_fn, [None], "decoding is greedy; remove it")
-        _accept(f"{name}.feature_converter_cls", feature_converter_cls, [None], "rows are made by data/pipeline.py")
-        _accept(f"{name}.default_decoder_params", default_decoder_params, [None], "decoding is greedy; remove it")
+        accept(f"{name}.decode_fn", decode_fn, [None], "decoding is greedy; remove it")
+        accept(f"{name}.feature_converter_cls", feature_converter_cls, [None], "rows are made by data/pipeline.py")
+        accept(f"{name}.default_decoder_params", default_decoder_params, [None], "decoding is greedy; remove it")
         if module.config.relative_bias_per_layer and isinstance(optimizer_def, optimizers.Adafactor):
             # scalable_t5: t5x factors its scanned kernels by the names of their axes, whatever their size.
             optimizer_def = dataclasses.replace(optimizer_def, factor_layer_kernels=True)
@@ -207,13 +130,18 @@ class EncoderDecoderModel(state.EncoderDecoderModel):
         """Checks how the gin files want predictions; raises what we cannot give."""
         name = "EncoderDecoderModel.predict_batch_with_aux"
         greedy = f"decoding is greedy, without beams: add --gin.{name}.num_decodes=1"
-        _accept("predict_batch_with_aux.num_decodes", num_decodes, [1], greedy)
-        _accept("predict_batch_with_aux.decoder_params", decoder_params, [None, {}], "remove it: decoding is greedy")
-        _accept("predict_batch_with_aux.return_all_decodes", return_all_decodes, [False], "there is one: remove it")
-        _accept("predict_batch_with_aux.prompt_with_targets", prompt_with_targets, [False], "remove it")
+        accept("predict_batch_with_aux.num_decodes", num_decodes, [1], greedy)
+        accept("predict_batch_with_aux.decoder_params", decoder_params, [None, {}], "remove it: decoding is greedy")
+        accept("predict_batch_with_aux.return_all_decodes", return_all_decodes, [False], "there is one: remove it")
+        accept("predict_batch_with_aux.prompt_with_targets", prompt_with_targets, [False], "remove it")
 
 
-@_stands_for(optimizers.Adafactor)
+def standard_logical_factor_rules() -> str:
+    """Adafactor always factors as t5x's standard rules do."""
+    return "standard"
+
+
+@stands_for(optimizers.Adafactor)
 def Adafactor(
     learning_rate: float | None = None,
     factored: bool = True,
@@ -236,13 +164,13 @@ def Adafactor(
 ) -> optimizers.Adafactor:
     """t5x's own Adafactor."""
     name = "Adafactor"
-    _accept(f"{name}.learning_rate", learning_rate, [None], "the rate is Trainer.learning_rate_fn")
-    _accept(f"{name}.dtype_momentum", dtype_momentum, ["float32", None], "momentum is float32")
-    _accept(f"{name}.factor_map", factor_map, [None], "tensors are factored as standard_logical_factor_rules says")
-    _accept(f"{name}.logical_factor_rules", logical_factor_rules, ["standard", None], "only the standard rules")
+    accept(f"{name}.learning_rate", learning_rate, [None], "the rate is Trainer.learning_rate_fn")
+    accept(f"{name}.dtype_momentum", dtype_momentum, ["float32", None], "momentum is float32")
+    accept(f"{name}.factor_map", factor_map, [None], "tensors are factored as standard_logical_factor_rules says")
+    accept(f"{name}.logical_factor_rules", logical_factor_rules, ["standard", None], "only the standard rules")
     skip = "set on_non_finite = 'skip' of vikhr_t5.train.step.Trainer, in a run file of ours"
-    _accept(f"{name}.skip_nan_updates", skip_nan_updates, [False, None], skip)
-    _accept(f"{name}.multiply_by_parameter_scale", multiply_by_parameter_scale, [True, False], "give True or False")
+    accept(f"{name}.skip_nan_updates", skip_nan_updates, [False, None], skip)
+    accept(f"{name}.multiply_by_parameter_scale", multiply_by_parameter_scale, [True, False], "give True or False")
     return optimizers.Adafactor(
         decay_rate=decay_rate,
         step_offset=step_offset,
@@ -282,12 +210,12 @@ adam, adamw, lion, rmsprop, sgd = map(_wrapped, (optax.adam, optax.adamw, optax.
 # ---- trainer and mesh ------------------------------------------------------------------------------------------------
 
 
-@_stands_for(step.Trainer)
+@stands_for(step.Trainer)
 def Trainer(
     learning_rate_fn: Schedule, num_microbatches: int | None = None, weight_metrics_computer: Any = None
 ) -> step.Trainer:
     """t5x's `Trainer`, as far as gin configures it."""
-    _accept("Trainer.weight_metrics_computer", weight_metrics_computer, [None], "there are no metrics of weights")
+    accept("Trainer.weight_metrics_computer", weight_metrics_computer, [None], "there are no metrics of weights")
     return step.Trainer(learning_rate_fn, num_microbatches or None)
 
 
@@ -309,14 +237,14 @@ def standard_logical_axis_rules(
     activation_partitioning_dims: int = 1, parameter_partitioning_dims: int = 1, additional_rules: Any = None
 ) -> _StandardRules:
     name = "standard_logical_axis_rules"
-    _accept(f"{name}.activation_partitioning_dims", activation_partitioning_dims, [1], "activations are split by rows")
-    _accept(f"{name}.parameter_partitioning_dims", parameter_partitioning_dims, [1, 2], "give 1 or 2")
+    accept(f"{name}.activation_partitioning_dims", activation_partitioning_dims, [1], "activations are split by rows")
+    accept(f"{name}.parameter_partitioning_dims", parameter_partitioning_dims, [1, 2], "give 1 or 2")
     rules = "use logical_axis_rules of vikhr_t5.train.partitioning.Partitioner"
-    _accept(f"{name}.additional_rules", additional_rules, [None, (), []], rules)
+    accept(f"{name}.additional_rules", additional_rules, [None, (), []], rules)
     return _StandardRules(parameter_partitioning_dims)
 
 
-@_stands_for(partitioning.Partitioner)
+@stands_for(partitioning.Partitioner)
 def PjitPartitioner(
     num_partitions: int | None = None,
     model_parallel_submesh: Sequence[int] | None = None,
@@ -330,15 +258,15 @@ def PjitPartitioner(
     splits over the data axis, too (parameter_partitioning_dims = 2), are split over our `fsdp` instead of `data`."""
     name = "PjitPartitioner"
     mesh = "use num_fsdp and num_tensor of vikhr_t5.train.partitioning.Partitioner"
-    _accept(f"{name}.params_on_devices", params_on_devices, [True], "parameters stay on the devices")
-    _accept(f"{name}.backend", backend, [None], "set JAX_PLATFORMS instead")
-    _accept(f"{name}.ici_mesh_shape", ici_mesh_shape, [None], mesh)
-    _accept(f"{name}.dcn_mesh_shape", dcn_mesh_shape, [None], mesh)
+    accept(f"{name}.params_on_devices", params_on_devices, [True], "parameters stay on the devices")
+    accept(f"{name}.backend", backend, [None], "set JAX_PLATFORMS instead")
+    accept(f"{name}.ici_mesh_shape", ici_mesh_shape, [None], mesh)
+    accept(f"{name}.dcn_mesh_shape", dcn_mesh_shape, [None], mesh)
     if logical_axis_rules is not None and not isinstance(logical_axis_rules, _StandardRules):
         raise Refusal(f"{name}.logical_axis_rules", logical_axis_rules, mesh)
     submesh, model = model_parallel_submesh, num_partitions or 0
     if submesh is not None:
-        _accept(f"{name}.num_partitions", num_partitions, [None, 1], "model_parallel_submesh is given, too: keep one")
+        accept(f"{name}.num_partitions", num_partitions, [None, 1], "model_parallel_submesh is given, too: keep one")
         model = math.prod(submesh)
     devices = jax.device_count()
     if model < 1 or devices % model:
@@ -355,7 +283,7 @@ def PjitPartitioner(
 # ---- data and checkpoints --------------------------------------------------------------------------------------------
 
 
-@_stands_for(pipeline.DatasetConfig)
+@stands_for(pipeline.DatasetConfig)
 def DatasetConfig(
     mixture_or_task_name: str,
     task_feature_lengths: Mapping[str, int] | None,
@@ -379,8 +307,8 @@ def DatasetConfig(
     `use_cached`, `use_custom_packing_ops`, `use_memory_cache` and `num_prefetch_threads` are ways of t5x to be faster.
     """
     name = "DatasetConfig"
-    _accept(f"{name}.trim_output_features", trim_output_features, [True], "features are always trimmed")
-    _accept(f"{name}.runtime_preprocessors", runtime_preprocessors, [None, (), []], "AirIO is not supported")
+    accept(f"{name}.trim_output_features", trim_output_features, [True], "features are always trimmed")
+    accept(f"{name}.runtime_preprocessors", runtime_preprocessors, [None, (), []], "AirIO is not supported")
     return pipeline.DatasetConfig(
         mixture_or_task_name=mixture_or_task_name,
         task_feature_lengths=task_feature_lengths,  # type: ignore[arg-type]  # None: `train` refuses it
@@ -396,7 +324,7 @@ def DatasetConfig(
     )
 
 
-@_stands_for(checkpoints.SaveCheckpointConfig)
+@stands_for(checkpoints.SaveCheckpointConfig)
 def SaveCheckpointConfig(
     dtype: str = "float32",
     period: int | None = None,
@@ -410,19 +338,19 @@ def SaveCheckpointConfig(
 ) -> checkpoints.SaveCheckpointConfig:
     """t5x's. The place in the data is a step number, and every checkpoint has it, whatever `save_dataset` says."""
     name = "SaveCheckpointConfig"
-    _accept(f"{name}.checkpoint_steps", checkpoint_steps, [None, (), []], f"use {name}.period")
-    _accept(f"{name}.checkpointer_cls", checkpointer_cls, [None], "remove it")
-    _accept(f"{name}.checkpoint_manager_cls", checkpoint_manager_cls, [None], "remove it")
-    _accept(f"{name}.state_transformation_fns", state_transformation_fns, [None, (), []], "convert after training")
+    accept(f"{name}.checkpoint_steps", checkpoint_steps, [None, (), []], f"use {name}.period")
+    accept(f"{name}.checkpointer_cls", checkpointer_cls, [None], "remove it")
+    accept(f"{name}.checkpoint_manager_cls", checkpoint_manager_cls, [None], "remove it")
+    accept(f"{name}.state_transformation_fns", state_transformation_fns, [None, (), []], "convert after training")
     return checkpoints.SaveCheckpointConfig(period=period or NEVER, keep=keep, dtype=dtype or "float32")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Restore(checkpoints.RestoreCheckpointConfig):
+class Restore(checkpoints.RestoreCheckpointConfig):
     dtype: str | None = None
 
 
-@_stands_for(checkpoints.RestoreCheckpointConfig)
+@stands_for(checkpoints.RestoreCheckpointConfig)
 def RestoreCheckpointConfig(
     path: str | Sequence[str] | None,
     mode: str = "latest",
@@ -434,234 +362,33 @@ def RestoreCheckpointConfig(
     checkpointer_cls: Any = None,
     state_transformation_fns: Sequence[Any] = (),
     checkpoint_manager_cls: Any = None,
-) -> _Restore | None:
+) -> Restore | None:
     """t5x's; None where there is no path: fresh parameters. 'specific' and 'latest' both find what a path means."""
     name = "RestoreCheckpointConfig"
     convert = "change the checkpoint first, with `vikhr-t5 convert`"
-    _accept(f"{name}.mode", mode, ["specific", "latest"], "give one checkpoint, with mode = 'specific'")
-    _accept(f"{name}.assignment_map", assignment_map, [None, (), []], convert)
-    _accept(f"{name}.strict", strict, [True], convert)
-    _accept(f"{name}.fallback_to_scratch", fallback_to_scratch, [False], convert)
-    _accept(f"{name}.restore_dataset", restore_dataset, [False], "a run goes on in its own MODEL_DIR; remove it")
-    _accept(f"{name}.checkpointer_cls", checkpointer_cls, [None], "remove it")
-    _accept(f"{name}.checkpoint_manager_cls", checkpoint_manager_cls, [None], "remove it")
-    _accept(f"{name}.state_transformation_fns", state_transformation_fns, [None, (), []], convert)
+    accept(f"{name}.mode", mode, ["specific", "latest"], "give one checkpoint, with mode = 'specific'")
+    accept(f"{name}.assignment_map", assignment_map, [None, (), []], convert)
+    accept(f"{name}.strict", strict, [True], convert)
+    accept(f"{name}.fallback_to_scratch", fallback_to_scratch, [False], convert)
+    accept(f"{name}.restore_dataset", restore_dataset, [False], "a run goes on in its own MODEL_DIR; remove it")
+    accept(f"{name}.checkpointer_cls", checkpointer_cls, [None], "remove it")
+    accept(f"{name}.checkpoint_manager_cls", checkpoint_manager_cls, [None], "remove it")
+    accept(f"{name}.state_transformation_fns", state_transformation_fns, [None, (), []], convert)
     paths = [path] if isinstance(path, str) else list(path or [])
     if len(paths) > 1:
         raise Refusal(f"{name}.path", path, "give one checkpoint")
     if not paths or not paths[0]:
         return None
     flag = f"or give a local copy: --gin.{name}.path=\"'/path/to/checkpoint'\""
-    return _Restore(local_copy(paths[0], flag), dtype=dtype)
+    return Restore(local_copy(paths[0], flag), dtype=dtype)
 
 
-@_stands_for(checkpoints.CheckpointConfig)
+@stands_for(checkpoints.CheckpointConfig)
 def CheckpointConfig(
-    save: checkpoints.SaveCheckpointConfig | None = None, restore: _Restore | None = None
+    save: checkpoints.SaveCheckpointConfig | None = None, restore: Restore | None = None
 ) -> checkpoints.CheckpointConfig:
     """t5x's."""
     if save is None:
-        _say("CheckpointConfig.save is None: only the last step is saved")
+        say("CheckpointConfig.save is None: only the last step is saved")
         save = checkpoints.SaveCheckpointConfig(period=NEVER)
     return checkpoints.CheckpointConfig(save, restore)
-
-
-# ---- train, eval and infer -------------------------------------------------------------------------------------------
-
-
-@_stands_for(loop.train)
-def train(
-    *,
-    model: state.EncoderDecoderModel,
-    train_dataset_cfg: pipeline.DatasetConfig,
-    train_eval_dataset_cfg: pipeline.DatasetConfig | None,
-    infer_eval_dataset_cfg: pipeline.DatasetConfig | None,
-    checkpoint_cfg: checkpoints.CheckpointConfig,
-    partitioner: partitioning.Partitioner,
-    trainer_cls: Callable[[], step.Trainer],
-    model_dir: str,
-    total_steps: int,
-    eval_steps: int | None,
-    eval_period: int,
-    random_seed: int | None,
-    summarize_config_fn: Any = None,
-    relative_steps: int | None = None,
-    stats_period: int | None = None,
-    use_hardware_rng: bool = False,
-    inference_evaluator_cls: Any = None,
-    get_dataset_fn: Any = None,
-    concurrent_metrics: bool = True,
-    actions: Mapping[str, Sequence[Any]] | None = None,
-    train_eval_get_dataset_fn: Any = None,
-    run_eval_before_training: bool = False,
-    train_state_initializer_cls: Any = None,
-    use_orbax: bool = True,
-    verify_matching_vocabs_fn: Any = None,
-    gc_period: int = 0,
-) -> dict[str, Any]:
-    """t5x's `train`: the arguments of ours.
-
-    `use_hardware_rng`, `concurrent_metrics`, `use_orbax` and `gc_period` are ways of t5x to be faster, or to store.
-    """
-    name = "train"
-    _accept_stand_in(f"{name}.summarize_config_fn", summarize_config_fn, "summarize_gin_config")
-    _accept_stand_in(f"{name}.get_dataset_fn", get_dataset_fn, "get_dataset")
-    _accept_stand_in(f"{name}.train_eval_get_dataset_fn", train_eval_get_dataset_fn, "get_training_eval_datasets")
-    _accept_stand_in(f"{name}.verify_matching_vocabs_fn", verify_matching_vocabs_fn, "verify_matching_vocabs")
-    _accept_stand_in(f"{name}.inference_evaluator_cls", inference_evaluator_cls, "Evaluator")
-    _accept(f"{name}.train_state_initializer_cls", train_state_initializer_cls, [None], "remove it")
-    before = "evaluate a checkpoint with `vikhr-t5 eval`"
-    _accept(f"{name}.run_eval_before_training", run_eval_before_training, [False], before)
-    for action in (action for group in (actions or {}).values() for action in group):
-        if not isinstance(action, TerminateOnNanAction):
-            raise Refusal(f"{name}.actions", actions, "only TerminateOnNanAction, which is always on")
-    for config in (train_dataset_cfg, train_eval_dataset_cfg):
-        if config is not None and config.task_feature_lengths is None:
-            raise Refusal(
-                "DatasetConfig.task_feature_lengths", None, "training needs lengths: set TASK_FEATURE_LENGTHS"
-            )
-    restore = checkpoint_cfg.restore
-    if isinstance(restore, _Restore) and restore.dtype not in (None, "float32"):
-        raise Refusal("RestoreCheckpointConfig.dtype", restore.dtype, "parameters are trained in float32")
-    if infer_eval_dataset_cfg is not None:
-        _say(
-            "infer_eval_dataset_cfg: seqio's metrics of generated text are not computed during training yet; the"
-            " evaluation has loss, accuracy and decoded samples. Afterwards: vikhr-t5 eval --gin_file=runs/eval.gin"
-        )
-    if not eval_period or eval_period < 1:
-        train_eval_dataset_cfg = None
-    return {
-        "model": model,
-        "train_dataset_cfg": train_dataset_cfg,
-        "train_eval_dataset_cfg": train_eval_dataset_cfg,
-        "checkpoint_cfg": checkpoint_cfg,
-        "partitioner": partitioner,
-        "trainer": trainer_cls(),
-        "model_dir": model_dir,
-        "total_steps": total_steps,
-        "relative_steps": relative_steps,
-        "eval_steps": eval_steps,
-        "eval_period": eval_period or NEVER,
-        "stats_period": stats_period or eval_period or 100,
-        "random_seed": random_seed,
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _EvaluatorSettings:
-    num_examples: int | None
-    write_n_results: int | None
-
-
-def Evaluator(
-    logger_cls: Sequence[Callable[..., Any]] = (),
-    num_examples: int | None = None,
-    use_memory_cache: bool = True,
-    async_compute_metrics: bool = True,
-    target_field_name: str = "targets",
-) -> _EvaluatorSettings:
-    """seqio's `Evaluator`, as far as gin configures it. Every logger's output is always written."""
-    _accept("Evaluator.target_field_name", target_field_name, ["targets"], "targets are 'targets'")
-    limits = [logger() for logger in logger_cls if logger.__name__ == "JSONLogger"]
-    return _EvaluatorSettings(num_examples, limits[0] if limits else None)
-
-
-def _restored(restore_checkpoint_cfg: checkpoints.RestoreCheckpointConfig | None) -> dict[str, Any]:
-    if restore_checkpoint_cfg is None:
-        raise Refusal("RestoreCheckpointConfig.path", None, "set CHECKPOINT_PATH")
-    dtype = getattr(restore_checkpoint_cfg, "dtype", None) or "float32"
-    return {"restore_checkpoint_cfg": restore_checkpoint_cfg, "dtype": dtype}
-
-
-def _check_decoding(model: state.EncoderDecoderModel) -> None:
-    if isinstance(model, EncoderDecoderModel):
-        model.predict_batch_with_aux()
-
-
-@_stands_for(eval_script.evaluate)
-def evaluate(
-    *,
-    model: state.EncoderDecoderModel,
-    dataset_cfg: pipeline.DatasetConfig,
-    restore_checkpoint_cfg: checkpoints.RestoreCheckpointConfig | None,
-    output_dir: str,
-    partitioner: partitioning.Partitioner | None = None,
-    inference_evaluator_cls: Any = None,
-    training_evaluator_cls: Any = None,
-    summarize_config_fn: Any = None,
-    train_state_initializer_cls: Any = None,
-    train_eval_get_dataset_fn: Any = None,
-    fallback_init_rng: int | None = None,
-    use_orbax: bool = True,
-) -> dict[str, Any]:
-    """t5x's `evaluate`: the arguments of ours. The teacher-forced loss is always computed."""
-    name = "evaluate"
-    _accept_stand_in(f"{name}.summarize_config_fn", summarize_config_fn, "summarize_gin_config")
-    _accept_stand_in(f"{name}.train_eval_get_dataset_fn", train_eval_get_dataset_fn, "get_training_eval_datasets")
-    _accept_stand_in(f"{name}.inference_evaluator_cls", inference_evaluator_cls, "Evaluator")
-    _accept_stand_in(f"{name}.training_evaluator_cls", training_evaluator_cls, "Trainer")
-    _accept(f"{name}.train_state_initializer_cls", train_state_initializer_cls, [None], "remove it")
-    _accept(f"{name}.fallback_init_rng", fallback_init_rng, [None], "a checkpoint must be whole; remove it")
-    _check_decoding(model)
-    settings = (inference_evaluator_cls or Evaluator)()
-    return {
-        "model": model,
-        "dataset_cfg": dataset_cfg,
-        **_restored(restore_checkpoint_cfg),
-        "partitioner": partitioner or partitioning.Partitioner(),
-        "output_dir": output_dir,
-        "num_examples": settings.num_examples,
-        "write_n_results": settings.write_n_results,
-    }
-
-
-@_stands_for(infer_script.infer)
-def infer(
-    *,
-    mode: str,
-    model: state.EncoderDecoderModel,
-    dataset_cfg: pipeline.DatasetConfig,
-    restore_checkpoint_cfg: checkpoints.RestoreCheckpointConfig | None,
-    partitioner: partitioning.Partitioner,
-    output_dir: str,
-    checkpoint_period: int,
-    shard_id: int = 0,
-    num_shards: int = 1,
-    merge_chunked_results: bool = True,
-    write_fn: Any = None,
-    checkpoint_ds_iter: bool = True,
-    train_state_initializer_cls: Any = None,
-    fallback_init_rng: int | None = None,
-    merge_fn: Any = None,
-    summarize_config_fn: Any = None,
-    verify_matching_vocabs_fn: Any = None,
-    output_vocab_feature_name: str = "targets",
-    file_extension: str = "jsonl",
-    keep_aux_as_numpy: bool = False,
-    use_orbax: bool = True,
-) -> dict[str, Any]:
-    """t5x's `infer`: the arguments of ours. `checkpoint_period` and what belongs to it say how t5x goes on after an
-    interruption; ours starts anew."""
-    name = "infer"
-    _accept_stand_in(f"{name}.summarize_config_fn", summarize_config_fn, "summarize_gin_config")
-    _accept_stand_in(f"{name}.verify_matching_vocabs_fn", verify_matching_vocabs_fn, "verify_matching_vocabs")
-    _accept(f"{name}.merge_chunked_results", merge_chunked_results, [True], "there is one file of results")
-    _accept(f"{name}.write_fn", write_fn, [None], "remove it: lines are {inputs, prediction} in UTF-8")
-    _accept(f"{name}.merge_fn", merge_fn, [None], "remove it")
-    _accept(f"{name}.train_state_initializer_cls", train_state_initializer_cls, [None], "remove it")
-    _accept(f"{name}.fallback_init_rng", fallback_init_rng, [None], "a checkpoint must be whole; remove it")
-    _accept(f"{name}.output_vocab_feature_name", output_vocab_feature_name, ["targets"], "targets are 'targets'")
-    _accept(f"{name}.file_extension", file_extension, ["jsonl"], "results are JSON lines")
-    _accept(f"{name}.keep_aux_as_numpy", keep_aux_as_numpy, [False], "remove it")
-    if mode == "predict":
-        _check_decoding(model)
-    return {
-        "mode": mode,
-        "model": model,
-        "dataset_cfg": dataset_cfg,
-        **_restored(restore_checkpoint_cfg),
-        "partitioner": partitioner,
-        "output_dir": output_dir,
-        "shard_id": shard_id,
-        "num_shards": num_shards,
-    }

@@ -6,7 +6,7 @@ through `rewrite_import`, which replaces a module of the table by a stand-in of 
 table when gin asks for them, so nothing of t5x or seqio needs to be installed, and nothing of ours is imported early.
 
 A name whose arguments and defaults are those of t5x stands for our own object; any other for an adapter of
-t5x_adapters.py, which takes t5x's arguments.
+t5x_adapters.py or t5x_scripts.py, which takes t5x's arguments.
 """
 
 import importlib
@@ -18,18 +18,18 @@ from typing import Any
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.packages import require_own
 
-ADAPTERS = "vikhr_t5.t5x_adapters"
-_SCRIPT = {name: f"{ADAPTERS}:{name}" for name in ("train", "evaluate", "infer")}
+ADAPTERS, SCRIPTS = "vikhr_t5.t5x_adapters", "vikhr_t5.t5x_scripts"
+_SCRIPT = {name: f"{SCRIPTS}:{name}" for name in ("train", "evaluate", "infer")}
 
 TABLE: dict[str, dict[str, str]] = {
     "__main__": _SCRIPT,
     "seqio": {
         "ByteVocabulary": f"{ADAPTERS}:ByteVocabulary",
-        "Evaluator": f"{ADAPTERS}:Evaluator",
-        "JSONLogger": f"{ADAPTERS}:JSONLogger",
-        "PyLoggingLogger": f"{ADAPTERS}:PyLoggingLogger",
+        "Evaluator": f"{SCRIPTS}:Evaluator",
+        "JSONLogger": f"{SCRIPTS}:JSONLogger",
+        "PyLoggingLogger": f"{SCRIPTS}:PyLoggingLogger",
         "SentencePieceVocabulary": f"{ADAPTERS}:SentencePieceVocabulary",
-        "TensorBoardLogger": f"{ADAPTERS}:TensorBoardLogger",
+        "TensorBoardLogger": f"{SCRIPTS}:TensorBoardLogger",
     },
     # Only what treats each number of a tensor alone: our tensors are stacks of layers.
     "optax": {
@@ -44,7 +44,7 @@ TABLE: dict[str, dict[str, str]] = {
         "Adafactor": f"{ADAPTERS}:Adafactor",
         "standard_logical_factor_rules": f"{ADAPTERS}:standard_logical_factor_rules",
     },
-    "t5x.eval": {"evaluate": f"{ADAPTERS}:evaluate"},
+    "t5x.eval": {"evaluate": f"{SCRIPTS}:evaluate"},
     "t5x.examples.scalable_t5.network": {
         "T5Config": f"{ADAPTERS}:ScalableT5Config",
         "Transformer": "vikhr_t5.model.network:Transformer",
@@ -53,15 +53,15 @@ TABLE: dict[str, dict[str, str]] = {
         "T5Config": "vikhr_t5.model.network:T5Config",
         "Transformer": "vikhr_t5.model.network:Transformer",
     },
-    "t5x.gin_utils": {"summarize_gin_config": f"{ADAPTERS}:summarize_gin_config"},
-    "t5x.infer": {"infer": f"{ADAPTERS}:infer"},
+    "t5x.gin_utils": {"summarize_gin_config": f"{SCRIPTS}:summarize_gin_config"},
+    "t5x.infer": {"infer": f"{SCRIPTS}:infer"},
     "t5x.models": {"EncoderDecoderModel": f"{ADAPTERS}:EncoderDecoderModel"},
     "t5x.optimizers": {name: f"{ADAPTERS}:{name}" for name in ("adam", "adamw", "chain", "lion", "rmsprop", "sgd")},
     "t5x.partitioning": {
         "PjitPartitioner": f"{ADAPTERS}:PjitPartitioner",
         "standard_logical_axis_rules": f"{ADAPTERS}:standard_logical_axis_rules",
     },
-    "t5x.train": {"train": f"{ADAPTERS}:train"},
+    "t5x.train": {"train": f"{SCRIPTS}:train"},
     "t5x.trainer": {
         "TerminateOnNanAction": f"{ADAPTERS}:TerminateOnNanAction",
         "Trainer": f"{ADAPTERS}:Trainer",
@@ -72,9 +72,9 @@ TABLE: dict[str, dict[str, str]] = {
         "RestoreCheckpointConfig": f"{ADAPTERS}:RestoreCheckpointConfig",
         "SaveCheckpointConfig": f"{ADAPTERS}:SaveCheckpointConfig",
         "create_learning_rate_scheduler": "vikhr_t5.train.optimizers:create_learning_rate_scheduler",
-        "get_dataset": f"{ADAPTERS}:get_dataset",
-        "get_training_eval_datasets": f"{ADAPTERS}:get_training_eval_datasets",
-        "verify_matching_vocabs": f"{ADAPTERS}:verify_matching_vocabs",
+        "get_dataset": f"{SCRIPTS}:get_dataset",
+        "get_training_eval_datasets": f"{SCRIPTS}:get_training_eval_datasets",
+        "verify_matching_vocabs": f"{SCRIPTS}:verify_matching_vocabs",
     },
 }
 
