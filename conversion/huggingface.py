@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from conversion import card, names, safetensors, tokenizer
+from conversion.blocks import ahead
 from conversion.huggingface_config import config_json, generation_json, read_config
-from conversion.stored import DTYPES, StoredModel, WithoutOptimizer, ahead
+from conversion.stored import DTYPES, StoredModel, WithoutOptimizer
 from conversion.vikhr import Checkpoint
 from conversion.weights import Tensor, open_weights
 from vikhr_t5.data.vocabulary import AnyVocabulary

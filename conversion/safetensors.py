@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.stored import blocks
+from conversion.blocks import blocks
 from vikhr_t5.errors import UserError
 
-_KINDS = {"float32": "F32", "bfloat16": "BF16"}
+_KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -42,7 +42,7 @@ def write_sharded(
         folder: an existing folder.
         shapes: name -> shape, in the order of `arrays`.
         arrays: each is converted to `dtype`, written and let go before the next is taken.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or float16.
         max_shard_size: in bytes; an array alone may exceed it.
         advance: called with the bytes of each array once it is written.
     """

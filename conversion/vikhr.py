@@ -15,7 +15,8 @@ import numpy as np
 import tensorstore
 
 from conversion import names
-from conversion.stored import DTYPES, StoredModel, ahead, arrays, blocks, shapes
+from conversion.blocks import ahead, blocks
+from conversion.stored import DTYPES, StoredModel, arrays, shapes
 from vikhr_t5.data.vocabulary import AnyVocabulary, load_vocabulary, vocabulary_files
 from vikhr_t5.errors import UserError
 from vikhr_t5.model.config import T5Config
