@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     preview.add_argument("--inputs", type=int, default=512, metavar="S", help="inputs length (default 512)")
     preview.add_argument("--targets", type=int, default=240, metavar="T", help="targets length (default 240)")
     preview.add_argument("--denoisers", metavar="NAME", help="another mixture of denoisers: ul2, ul2r, fred, …")
+    preview.add_argument("--html", metavar="F", help="write a page instead: one file, for a browser or a phone")
 
     convert = add_command(
         commands,
@@ -120,13 +121,23 @@ def build_parser() -> argparse.ArgumentParser:
         _vocab_train,
         "train a SentencePiece vocabulary from text",
         "vikhr-t5 vocab train --input a.txt,b.txt --output spiece.model --size 8000",
+        "From files (--input), or from the texts of a seqio task (--mixture NAME --module M). VikhrT5's 58k has\n"
+        "--size 57812: with 300 sentinels 58,112 = 454 x 128 rows. See docs/vocabularies.md.",
     )
-    vocab_train.add_argument("--input", required=True, metavar="F,G", help="UTF-8 text files")
+    vocab_train.add_argument("--input", metavar="F,G", help="text, JSON lines, Parquet; files or folders of them")
+    vocab_train.add_argument("--fields", default="text", metavar="A,B", help="of JSON lines and Parquet (default text)")
+    vocab_train.add_argument("--mixture", metavar="NAME", help="a seqio task or mixture, in place of files")
+    vocab_train.add_argument("--module", default="tasks.demo", metavar="M", help="what registers it")
+    vocab_train.add_argument("--split", default="train", help="of it (default train)")
     vocab_train.add_argument("--output", required=True, metavar="F", help="the .model file to write")
     vocab_train.add_argument("--size", type=int, required=True, metavar="N", help="pieces; sentinels come on top")
     vocab_train.add_argument("--model_type", choices=["unigram", "bpe"], default="unigram")
-    vocab_train.add_argument("--character_coverage", type=float, default=0.9999, metavar="X")
-    vocab_train.add_argument("--max_lines", type=int, metavar="N", help="train on a sample of the lines")
+    vocab_train.add_argument("--character_coverage", type=float, default=0.9999, metavar="X", help="default 0.9999")
+    vocab_train.add_argument("--byte_fallback", action=argparse.BooleanOptionalAction, default=True)
+    vocab_train.add_argument("--split_digits", action=argparse.BooleanOptionalAction, default=True)
+    vocab_train.add_argument("--mode_tokens", metavar="A,B", help="default: those of ul2 and fred; '' for none")
+    vocab_train.add_argument("--max_lines", type=int, metavar="N", help="train on a random sample of the lines")
+    vocab_train.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     chart = add_command(
         actions,
         "chart",
@@ -137,7 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
         "with one of them. See docs/vocabularies.md.",
     )
     chart.add_argument("--tokenizers", required=True, metavar="NAME=F,…", help="names and their files or folders")
-    chart.add_argument("--texts", required=True, metavar="F,G", help="UTF-8 text files to measure on")
+    chart.add_argument("--texts", required=True, metavar="F,G", help="text, JSON lines, Parquet to measure on")
+    chart.add_argument("--fields", default="text", metavar="A,B", help="of JSON lines and Parquet (default text)")
     chart.add_argument("--output", metavar="F", help=".png, .svg or .html; without it, the table alone")
     swap = add_command(
         actions,
@@ -297,7 +309,7 @@ def _cache(flags: argparse.Namespace) -> None:
 def _preview(flags: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from vikhr_t5.data import pipeline, preview, vocabulary
+    from vikhr_t5.data import pipeline, preview, preview_html, preview_terminal, vocabulary
 
     config = pipeline.DatasetConfig(
         mixture_or_task_name=flags.mixture,
@@ -309,7 +321,12 @@ def _preview(flags: argparse.Namespace) -> None:
         cache_dir=flags.cache_dir,
         denoisers=flags.denoisers,
     )
-    preview.preview(config, vocabulary.open_vocabulary(_given_vocabulary(flags), flags.extra_ids), flags.n, Console())
+    seen = preview.gather(config, vocabulary.open_vocabulary(_given_vocabulary(flags), flags.extra_ids), flags.n)
+    if flags.html:
+        preview_html.write(seen, flags.html)
+        print(f"written: {flags.html}")
+    else:
+        preview_terminal.show(seen, Console())
 
 
 def _given_vocabulary(flags: argparse.Namespace) -> str:
@@ -359,15 +376,39 @@ def _report(flags: argparse.Namespace) -> None:
 def _vocab_train(flags: argparse.Namespace) -> None:
     from vikhr_t5.data import vocabulary
 
+    if bool(flags.input) == bool(flags.mixture):
+        raise UserError("vocab train: give --input FILES, or --mixture TASK, and not both")
+    if flags.mixture:
+        from vikhr_t5.data import task_texts
+
+        examples = task_texts.read_task(flags.mixture, flags.module, flags.split)
+        texts: Iterable[str] = (text for example in examples for text in example.texts.values())
+    else:
+        texts = _texts(flags.input, flags.fields)
+    modes = vocabulary.DEFAULT_MODE_TOKENS if flags.mode_tokens is None else flags.mode_tokens.split(",")
     trained = vocabulary.train_vocabulary(
-        [Path(name) for name in flags.input.split(",") if name],
+        texts,
         flags.output,
         flags.size,
         model_type=flags.model_type,
+        mode_tokens=[token for token in modes if token],
         character_coverage=flags.character_coverage,
+        byte_fallback=flags.byte_fallback,
+        split_digits=flags.split_digits,
         max_lines=flags.max_lines,
+        seed=flags.seed,
     )
-    print(f"written: {flags.output}, {trained.size - trained.extra_ids} pieces (sentinels come on top)")
+    pieces = trained.size - trained.extra_ids
+    print(f"written: {flags.output}, {pieces} pieces; with {trained.extra_ids} sentinels {trained.padded_size} rows")
+
+
+def _texts(files: str, fields: str) -> Iterator[str]:
+    """The texts of files and folders, both joined by commas."""
+    from vikhr_t5.data import records
+
+    sources = [name for name in files.split(",") if name]
+    for field in fields.split(","):
+        yield from (text for _, text in records.read_texts(sources, field))
 
 
 def _vocab_chart(flags: argparse.Namespace) -> None:
@@ -377,8 +418,8 @@ def _vocab_chart(flags: argparse.Namespace) -> None:
 
     named = [part.rpartition("=")[::2] for part in flags.tokenizers.split(",") if part]
     tokenizers = [fertility.open_tokenizer(source, name or None) for name, source in named]
-    texts = list(vocabulary.read_lines([Path(name) for name in flags.texts.split(",") if name]))
-    measured = [fertility.measure(tokenizer, texts) for tokenizer in tokenizers]
+    lines = list(vocabulary.read_lines(_texts(flags.texts, flags.fields)))
+    measured = [fertility.measure(tokenizer, lines) for tokenizer in tokenizers]
     Console().print(fertility.table(measured))
     if flags.output:
         fertility.write_chart(measured, flags.output)

@@ -1,159 +1,261 @@
-"""A look at the data: text, tokens, what the denoiser makes of them, the packed row; and the mixture in figures."""
+"""A look at a mixture before training on it: what `preview_terminal` and `preview_html` show is gathered here.
+
+For each task: its rate, nominal and measured; lengths; how many documents were left out, and why; one document followed
+from the source to the row that it stands in. Then rows of the training sequence, at every stage from the text on.
+"""
 
 import dataclasses
+import importlib.util
+import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-from rich.console import Console, Group
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
+from vikhr_t5.data import seqio_process
+from vikhr_t5.data.manifest import NEEDS_SEQIO, Manifest
 from vikhr_t5.data.pipeline import Dataset, DatasetConfig, open_dataset
-from vikhr_t5.data.rows import Segment, WindowRows
+from vikhr_t5.data.rows import ExampleRows, Rows, Segment, WindowRows
+from vikhr_t5.data.store import TokenStore
 from vikhr_t5.data.vocabulary import AnyVocabulary
 
-SAMPLE = 2048  # rows that the table is measured on
-SEGMENT_STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red")
-SENTINEL, MODE, END, FAINT = "bold black on yellow", "bold black on cyan", "bold red", "bright_black"
+SAMPLE = 2048  # rows that shares and lengths are measured on
+SEARCHED = 64  # examples of a store among which a document's tokens are looked for
 
 
-def preview(config: DatasetConfig, vocabulary: AnyVocabulary, n: int, console: Console) -> None:
-    """Print `n` rows of the training sequence at each stage, and a table of the mixture's sources.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A task, or one of its denoisers, on the measured rows.
+
+    Attributes:
+        name: of the task or denoiser.
+        nominal, measured: its share; of a task in all examples, of a denoiser in its task's input tokens.
+        text, inputs, targets: int [K] tokens of its windows or examples; an example's `text` is 0.
+    """
+
+    name: str
+    nominal: float
+    measured: float
+    text: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a document is after a preprocessor: `num_examples`, of which `examples` are some. `changed`: it was not that
+    before."""
+
+    name: str
+    examples: list[dict[str, str | list[int]]]
+    num_examples: int
+    changed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Journey:
+    """One document of the source on its way: `dropped` says why it was left out, or is None. `row` is the row of the
+    first epoch where its first token stands, where that is known."""
+
+    stages: list[Stage]
+    dropped: str | None
+    row: "Row | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A packed row. `place` is where it stands in the training sequence, None for one of the unshuffled epoch."""
+
+    task: str
+    place: int | None
+    segments: Sequence[Segment]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task: all of it, its denoisers (none of a supervised task), and documents on their way."""
+
+    whole: Source
+    denoisers: list[Source]
+    manifest: Manifest
+    documents: np.ndarray  # int [N] tokens of each document, or of each example's targets, in the store
+    journeys: list[Journey]
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """All that is shown.
+
+    Attributes:
+        lengths: (S, T).
+        useful: measured share of positions that hold tokens: (inputs, targets).
+        planned: the same, as the plan has it.
+        natural_targets_length: the T that would be as full as inputs are.
+        note: why no documents are followed, or "".
+    """
+
+    config: DatasetConfig
+    vocabulary: AnyVocabulary
+    lengths: tuple[int, int]
+    tasks: list[Task]
+    rows: list[Row]
+    useful: tuple[float, float]
+    planned: tuple[float, float]
+    natural_targets_length: int
+    note: str
+
+    @property
+    def legend(self) -> str:
+        return "Share of a task: of examples; of a denoiser: of its task's input tokens. Mean lengths in tokens."
+
+
+def gather(config: DatasetConfig, vocabulary: AnyVocabulary, n: int) -> Preview:
+    """Look at a mixture, which is cached first where it is not.
+
+    Args:
+        config: the mixture; `module` None leaves out what needs seqio, the documents on their way.
+        n: rows of the training sequence.
 
     Raises:
         UserError: as `open_dataset`.
     """
     dataset = open_dataset(dataclasses.replace(config, num_workers=0), vocabulary)
-    painter = _Painter(vocabulary)
-    for place in range(n):
-        task, segments = dataset.segments(place)
-        console.rule(f"[bold]row {place}[/] of {config.split}: {task}, {len(segments)} segments", align="left")
-        for number, segment in enumerate(segments, start=1):
-            console.print(painter.segment(number, segment))
-        console.print(painter.row(segments, dataset.lengths))
-    console.print(sources_table(dataset))
+    rows = [Row(*_row(dataset, place)) for place in range(n)]
+    followed, note = _follow(config, vocabulary)
+    measured = _measure(dataset)
+    tasks = [_task(dataset, name, measured, followed.get(name, [])) for name in dataset.tasks]
+    totals = [sum(int(getattr(task.whole, side).sum()) for task in tasks) for side in ("inputs", "targets")]
+    useful = totals[0] / (SAMPLE * dataset.lengths[0]), totals[1] / (SAMPLE * dataset.lengths[1])
+    natural = dataset.natural_targets_length
+    return Preview(config, vocabulary, dataset.lengths, tasks, rows, useful, dataset.fill, natural, note)
 
 
-class _Painter:
-    """Tokens as coloured text, with the ids' meaning taken from a vocabulary."""
-
-    def __init__(self, vocabulary: AnyVocabulary):
-        self.vocabulary = vocabulary
-        self.modes = {vocabulary.mode_id(token) for token in vocabulary.mode_tokens}
-
-    def token(self, token: int, style: str = "") -> Text:
-        """One piece; sentinel i as <i>."""
-        if token >= self.vocabulary.last_sentinel:
-            return Text(f"<{self.vocabulary.first_sentinel - token}>", SENTINEL)
-        if token in self.modes:
-            return Text(self.vocabulary.piece(token), MODE)
-        if token == self.vocabulary.eos_id:
-            return Text("</s>", END)
-        return Text(self.vocabulary.piece(token), style)
-
-    def tokens(self, ids: np.ndarray, style: str = "", head: int = 60, tail: int = 12) -> Text:
-        """Pieces divided by bars; the middle of a long sequence is left out."""
-        left_out = len(ids) - head - tail
-        if left_out <= 0:
-            return self._joined(ids, style)
-        text = self._joined(ids[:head], style).append(f" … {left_out} more … ", FAINT)
-        return text.append(self._joined(ids[-tail:], style))
-
-    def _joined(self, ids: np.ndarray, style: str) -> Text:
-        text = Text()
-        for place, token in enumerate(ids.tolist()):
-            text.append("|" if place else "", FAINT).append(self.token(token, style))
-        return text
-
-    def text(self, ids: np.ndarray) -> Text:
-        """Readable text, at most a few lines of it."""
-        text = self.vocabulary.decode(ids.tolist())
-        return Text(text if len(text) <= 300 else f"{text[:240]} … {text[-50:]}")
-
-    def segment(self, number: int, segment: Segment) -> Padding:
-        """One window or example at each stage."""
-        style = SEGMENT_STYLES[(number - 1) % len(SEGMENT_STYLES)]
-        stages = Table.grid(padding=(0, 2))
-        stages.add_column(justify="right", style="bold", no_wrap=True, min_width=11)
-        stages.add_column(overflow="fold")
-        if segment.text is None or segment.denoiser is None:
-            stages.add_row("inputs", self.text(segment.inputs))
-            stages.add_row("targets", self.text(segment.targets))
-            title = f"segment {number}: example"
-        else:
-            stages.add_row("text", self.text(segment.text))
-            stages.add_row("tokens", self.tokens(segment.text, head=30, tail=6))
-            denoiser = segment.denoiser
-            hides = "the end, " if denoiser.mean_span is None else f"spans of {denoiser.mean_span:g}, "
-            title = f"segment {number}: {denoiser.name} hides {hides}{denoiser.rate:.0%} of {len(segment.text)} tokens"
-        stages.add_row(f"inputs {len(segment.inputs)}", self.tokens(segment.inputs))
-        stages.add_row(f"targets {len(segment.targets)}", self.tokens(segment.targets))
-        return Padding(Group(Text(title, f"bold {style}"), stages), (0, 0, 1, 0))
-
-    def row(self, segments: Sequence[Segment], lengths: tuple[int, int]) -> Padding:
-        """The packed row: a bar for either side, and the tokens where its segments begin and end."""
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(justify="right", style="bold", no_wrap=True, min_width=11)
-        grid.add_column(overflow="fold")
-        for side, length in zip(("inputs", "targets"), lengths, strict=True):
-            contents = [getattr(segment, side) for segment in segments]
-            grid.add_row(side, _bar([len(tokens) for tokens in contents], length))
-            ends = Text()
-            for number, tokens in enumerate(contents):
-                style = SEGMENT_STYLES[number % len(SEGMENT_STYLES)]
-                ends.append(Text(f"{'' if not number else ' '}{number + 1}:", f"bold {style}"))
-                ends.append(self.tokens(tokens, style, head=5, tail=3))
-            grid.add_row("", ends)
-        return Padding(Group(Text("packed row", "bold"), grid), (0, 0, 1, 0))
+def _row(dataset: Dataset, place: int) -> tuple[str, int, Sequence[Segment]]:
+    task, segments = dataset.segments(place)
+    return task, place, segments
 
 
-def _bar(counts: Sequence[int], length: int, width: int = 60) -> Text:
-    """A row as a bar: each segment in its colour, padding as dots, then the figures."""
-    ends = [round(width * end / length) for end in np.cumsum(counts)]
-    bar = Text()
-    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        bar.append("█" * (end - start), SEGMENT_STYLES[number % len(SEGMENT_STYLES)])
-    bar.append("·" * (width - ends[-1]), FAINT)
-    return bar.append(f" {sum(counts)}/{length} = {sum(counts) / length:.1%}")
-
-
-def sources_table(dataset: Dataset) -> Group:
-    """Shares, nominal and measured on the first rows of the training sequence; mean lengths; how full rows are."""
-    totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(4))  # segments, text, inputs, targets
+def _measure(dataset: Dataset) -> dict[tuple[str, str | None], np.ndarray]:
+    """(task, denoiser) -> int [K, 3]: text, inputs, targets of its segments in the first rows."""
+    found: dict[tuple[str, str | None], list[tuple[int, int, int]]] = defaultdict(list)
     for place in range(SAMPLE):
         task, segments = dataset.segments(place)
         for segment in segments:
-            source = task if segment.denoiser is None else f"{task}/{segment.denoiser.name}"
+            name = None if segment.denoiser is None else segment.denoiser.name
             text = 0 if segment.text is None else len(segment.text)
-            counts = np.array([1, text, len(segment.inputs), len(segment.targets)])
-            totals[source] += counts
-            if source != task:
-                totals[task] += counts
-    table = Table(title=f"sources, measured on {SAMPLE} rows", title_justify="left", title_style="bold")
-    table.add_column("source", no_wrap=True)
-    for heading in ("nominal", "measured", "text", "inputs", "targets", "examples"):
-        table.add_column(heading, justify="right")
-    examples = sum(totals[task][0] for task in dataset.tasks)
-    for task, rows in dataset.tasks.items():
-        rate, measured = dataset.example_rates[task], totals[task][0] / examples
-        table.add_row(task, f"{rate:.2%}", f"{measured:.2%}", *_means(totals[task]), style="bold")
-        for denoiser in rows.plan.denoisers if isinstance(rows, WindowRows) else ():
-            total = totals[f"{task}/{denoiser.name}"]
-            share = f"{total[2] / totals[task][2]:.2%}"
-            table.add_row(f"  {denoiser.name}", f"{denoiser.weight:.2%}", share, *_means(total))
-    legend = "share of a task: of examples; of a denoiser: of its task's input tokens. Mean lengths in tokens."
-    notes = [Text(legend, FAINT)]
-    for side, length, fill, column in zip(("inputs", "targets"), dataset.lengths, dataset.fill, (2, 3), strict=True):
-        useful = sum(totals[task][column] for task in dataset.tasks) / (SAMPLE * length)
-        notes.append(Text(f"{side} {length}: {useful:.1%} useful (plan: {fill:.1%})"))
-    natural = dataset.natural_targets_length
-    notes.append(Text(f"targets of {natural} would be as full as inputs of {dataset.lengths[0]}"))
-    return Group(table, *notes)
+            found[task, name].append((text, len(segment.inputs), len(segment.targets)))
+    return {source: np.array(lengths) for source, lengths in found.items()}
 
 
-def _means(total: np.ndarray) -> list[str]:
-    """Cells: mean text, inputs and targets of a source, and its number of segments."""
-    text, inputs, targets = (f"{mean:.0f}" for mean in total[1:] / max(total[0], 1))
-    return [text if total[1] else "", inputs, targets, f"{total[0]:.0f}"]
+def _task(
+    dataset: Dataset, name: str, measured: dict[tuple[str, str | None], np.ndarray], followed: list[dict[str, Any]]
+) -> Task:
+    rows = dataset.tasks[name]
+    nothing = np.zeros((0, 3), int)
+    whole = np.concatenate([nothing, *(lengths for (task, _), lengths in measured.items() if task == name)])
+    examples = sum(len(lengths) for lengths in measured.values())
+    denoisers = []
+    for denoiser in rows.plan.denoisers if isinstance(rows, WindowRows) else ():
+        lengths = measured.get((name, denoiser.name), nothing)
+        share = lengths[:, 1].sum() / max(whole[:, 1].sum(), 1)
+        denoisers.append(Source(denoiser.name, denoiser.weight, float(share), *lengths.T))
+    return Task(
+        Source(name, dataset.example_rates[name], len(whole) / examples, *whole.T),
+        denoisers,
+        rows.store.manifest,
+        rows.store.lengths("targets"),
+        [_journey(name, rows, document) for document in followed],
+    )
+
+
+# ---- documents on their way ------------------------------------------------------------------------------------------
+
+
+def _follow(config: DatasetConfig, vocabulary: AnyVocabulary) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """What `preview_raw.follow` gives; nothing, and why, where it cannot run."""
+    if config.module is None:
+        return {}, "Documents are not followed from their source: no module of tasks was named."
+    if importlib.util.find_spec("seqio") is None:
+        return {}, f"Documents are not followed from their source: {NEEDS_SEQIO}."
+    arguments = {
+        "mixture_or_task": config.mixture_or_task_name,
+        "module": config.module,
+        "split": config.split,
+        "vocabulary_file": vocabulary.source,
+        "extra_ids": vocabulary.extra_ids,
+    }
+    return json.loads(seqio_process.run("vikhr_t5.data.preview_raw", arguments)), ""
+
+
+def _journey(task: str, rows: Rows, document: dict[str, Any]) -> Journey:
+    stages: list[Stage] = []
+    for name, examples, number in document["stages"]:
+        changed = not stages or _values(examples) != _values(stages[-1].examples)
+        stages.append(Stage(name, examples, number, changed))
+    row = None if document["dropped"] else _row_of(rows, stages[-1].examples[0])
+    return Journey(stages, document["dropped"], None if row is None else Row(task, None, rows.segments(0, row)))
+
+
+def _values(examples: Iterable[dict[str, Any]]) -> list[list[Any]]:
+    return [list(example.values()) for example in examples]
+
+
+def _row_of(rows: Rows, example: dict[str, Any]) -> int | None:
+    """The row of epoch 0 where the example's first token stands; None where its tokens are not among the store's first
+    (its preprocessors are random, say), or in the part of the text after the last row."""
+    index = _index(rows.store, example)
+    if index is None:
+        return None
+    if isinstance(rows, WindowRows):
+        row = rows.plan.num_rows(int(rows.store.lengths("targets")[:index].sum()))
+        return row if row < rows.num_rows else None
+    assert isinstance(rows, ExampleRows)
+    place = int(np.flatnonzero(rows.plan.order == index)[0])
+    return int(np.searchsorted(rows.plan.bounds, place, side="right")) - 1
+
+
+def _index(store: TokenStore, example: dict[str, Any]) -> int | None:
+    """The place in the store of an example with these tokens."""
+    for index in range(min(SEARCHED, len(store))):
+        if all(np.array_equal(tokens, example[name]) for name, tokens in store.example(index).items()):
+            return index
+    return None
+
+
+# ---- in words --------------------------------------------------------------------------------------------------------
+
+
+class Pieces:
+    """What ids are: for showing them one by one."""
+
+    def __init__(self, vocabulary: AnyVocabulary):
+        self.vocabulary = vocabulary
+        self._modes = {vocabulary.mode_id(token) for token in vocabulary.mode_tokens}
+
+    def __call__(self, token: int) -> tuple[str, str]:
+        """(kind, text) of an id: "sentinel" and its number, "mode", "end", or "piece" with "▁" for a space."""
+        if token >= self.vocabulary.last_sentinel:
+            return "sentinel", str(self.vocabulary.first_sentinel - token)
+        if token == self.vocabulary.eos_id:
+            return "end", "</s>"
+        return "mode" if token in self._modes else "piece", self.vocabulary.piece(token)
+
+
+def segment_title(segment: Segment) -> str:
+    """What was done to a window, in words; "example" for an example."""
+    denoiser = segment.denoiser
+    if segment.text is None or denoiser is None:
+        return "example"
+    hides = "the end, " if denoiser.mean_span is None else f"spans of {denoiser.mean_span:g}, "
+    return f"{denoiser.name} hides {hides}{denoiser.rate:.0%} of {len(segment.text)} tokens"
+
+
+def cut(text: str, head: int, tail: int = 0) -> str:
+    """A long text without its middle."""
+    left_out = len(text) - head - tail
+    return text if left_out <= tail else f"{text[:head]} … {left_out:,} more characters … {text[len(text) - tail :]}"

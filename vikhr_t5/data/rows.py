@@ -50,12 +50,14 @@ def empty_batch(rows: int, inputs_length: int, targets_length: int) -> Batch:
 
 
 class Segment(NamedTuple):
-    """One window or example of a row: what it was made of (None for an example), and what the model sees."""
+    """One window or example of a row: what it was made of (None for an example), what the model sees, and the source
+    id of its target tokens."""
 
     text: np.ndarray | None
     denoiser: Denoiser | None
     inputs: np.ndarray
     targets: np.ndarray
+    source: int
 
 
 class Layout:
@@ -103,6 +105,7 @@ def _slices(lengths: Sequence[int]) -> list[slice]:
 class Rows(Protocol):
     """All rows of one task. Row `row` of epoch `epoch` depends on nothing but these two numbers and the seed."""
 
+    store: TokenStore
     sources: tuple[str, ...]
 
     @property
@@ -160,6 +163,7 @@ class WindowRows:
         self.store, self.codes = store, codes
         self.plan: WindowPlan = plan_windows(mixture, *lengths, pack=pack)
         self.sources = tuple(f"{store.manifest.task}/{denoiser.name}" for denoiser in mixture)
+        self._first_source = first_source
         self.num_tokens = store.num_tokens("targets")
         self.num_rows = self.plan.num_rows(self.num_tokens)
         if not self.num_rows:
@@ -212,7 +216,7 @@ class WindowRows:
         for part, counts in self.plan.templates[template].windows:
             text = self._text(start, counts.raw)
             inputs, targets = denoisers.corrupt(text, part.denoiser, counts, rng, self.codes)
-            segments.append(Segment(text, part.denoiser, inputs, targets))
+            segments.append(Segment(text, part.denoiser, inputs, targets, self._first_source + part.owner))
             start += counts.raw
         return segments
 
@@ -234,7 +238,7 @@ class ExampleRows:
         store: holds the features `inputs` and `targets`.
         lengths: (S, T).
         seed: of the order, and of which examples share a row.
-        source: source id of the task.
+        first_source: source id of the task, or of the first of the names that its examples have.
         pack: False for one example in a row.
 
     Raises:
@@ -244,7 +248,7 @@ class ExampleRows:
     examples_per_row: float
     fill: tuple[float, float]
 
-    def __init__(self, store: TokenStore, lengths: tuple[int, int], seed: int, source: int, pack: bool = True):
+    def __init__(self, store: TokenStore, lengths: tuple[int, int], seed: int, first_source: int, pack: bool = True):
         task = store.manifest.task
         if missing := {"inputs", "targets"} - set(store.manifest.features):
             raise UserError(
@@ -253,8 +257,10 @@ class ExampleRows:
             )
         if not len(store):
             raise UserError(f"task {task}, split {store.manifest.split!r}, has no examples: change its source or split")
-        self.store, self.lengths, self._source = store, lengths, source
+        self.store, self.lengths, self._first_source = store, lengths, first_source
         self.sources: tuple[str, ...] = (task,)
+        if store.names is not None:
+            self.sources = tuple(f"{task}/{name}" for name in store.names[1])
         self._key = key(seed, task)
         trimmed = np.minimum(np.stack([store.lengths("inputs"), store.lengths("targets")], axis=1), lengths)
         self.plan = self._saved_plan(trimmed, seed) if pack else plan_examples(trimmed, *lengths, seed, pack=False)
@@ -269,15 +275,20 @@ class ExampleRows:
 
     def segments(self, epoch: int, row: int) -> list[Segment]:
         """See `Rows`."""
-        examples = [self.store.example(index) for index in self.plan.examples(row)]
-        longest_inputs, longest_targets = self.lengths
-        return [Segment(None, None, e["inputs"][:longest_inputs], e["targets"][:longest_targets]) for e in examples]
+        return [self._segment(index) for index in self.plan.examples(row)]
 
     def write(self, batch: Batch, place: int, epoch: int, row: int) -> None:
         """See `Rows`."""
         segments = self.segments(epoch, row)
         lengths = [(len(segment.inputs), len(segment.targets)) for segment in segments]
-        Layout(lengths, [self._source] * len(segments), *self.lengths).write(batch, place, segments)
+        sources = [segment.source for segment in segments]
+        Layout(lengths, sources, *self.lengths).write(batch, place, segments)
+
+    def _segment(self, index: int) -> Segment:
+        longest_inputs, longest_targets = self.lengths
+        example, names = self.store.example(index), self.store.names
+        source = self._first_source + (0 if names is None else int(names[0][index]))
+        return Segment(None, None, example["inputs"][:longest_inputs], example["targets"][:longest_targets], source)
 
     def _saved_plan(self, lengths: np.ndarray, seed: int) -> ExamplePlan:
         """First-fit over millions of examples takes a while, so its result stays beside the store."""
