@@ -1,13 +1,17 @@
-"""Token stores made by hand from real Russian text, for tests of what reads them. No TensorFlow."""
+"""Token stores made by hand from real Russian text, for tests of what reads them; tasks, for tests of what makes them.
+No TensorFlow unless a test asks for `module`."""
 
 import dataclasses
+import functools
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cached_tasks import write_data, write_module
 
 from vikhr_t5.data import denoisers
 from vikhr_t5.data.manifest import Feature, Manifest, Provenance
@@ -85,3 +89,21 @@ def write_task(tmp_path: Path, small_vocabulary: Vocabulary) -> Callable[..., Pa
 
     write.mixture = write_mixture  # type: ignore[attr-defined]
     return write
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Real text: a few pages, a few pairs."""
+    write_data(tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def module(tmp_path: Path, data: Path, small_vocabulary: Vocabulary, monkeypatch) -> Callable[..., str]:
+    """`write_module` into the current folder, which is an empty one; the tasks read `data`."""
+    from vikhr_t5.data import sources
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "PIECE_BYTES", sources.PIECE_BYTES)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return functools.partial(write_module, tmp_path, data, small_vocabulary.sentencepiece_model_file)

@@ -1,85 +1,23 @@
 """Caching: the same tokens as seqio's own pipeline, the same files however the work is shared, and every refusal."""
 
-import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import seqio
+from cached_tasks import TASKS, digests, store_of
 
 from vikhr_t5.data import cache as cache_module
-from vikhr_t5.data import sources
+from vikhr_t5.data import cache_shards
 from vikhr_t5.data.byte_vocabulary import ByteVocabulary
 from vikhr_t5.data.cache import cache, import_tasks
-from vikhr_t5.data.store import TokenStore, ensure_cached, open_cached, task_directory
+from vikhr_t5.data.store import ensure_cached, open_cached, task_directory
 from vikhr_t5.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-HEADER = """
-import functools, seqio, tensorflow as tf
-from seqio.preprocessors import append_eos, append_eos_after_trim, rekey, tokenize
-from vikhr_t5.data import sources
-from vikhr_t5.data.sources import JsonLinesSource, TextSource
-sources.PIECE_BYTES = {piece_bytes}
-DATA = {data!r}
-vocabulary = seqio.SentencePieceVocabulary({model!r}, extra_ids={extra_ids})
-features = {{name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}}
-text = TextSource({{"train": DATA + "/*.txt", "validation": DATA + "/*.txt"}}, belongs=sources.held_out("text", 0.1))
-pairs = JsonLinesSource({{"train": DATA + "/*.jsonl"}}, ["ru", "en"])
-to_targets = functools.partial(rekey, key_map={{"targets": "text"}})
-to_both = functools.partial(rekey, key_map={{"inputs": "ru", "targets": "en"}})
-placeholder = seqio.CacheDatasetPlaceholder()
-class Later:
-    def __call__(self, dataset): raise AssertionError("applied after the cache")
-    def post_cache_transform(self): return {{"name": "later"}}
-add = functools.partial(seqio.TaskRegistry.add, output_features=features)
-"""
-TASKS = """
-add(NAME + "_text", source=text, preprocessors=[to_targets, tokenize, placeholder, Later()])
-add(NAME + "_pairs", source=pairs, preprocessors=[to_both, tokenize, placeholder, append_eos])
-"""
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    """Real text: a few pages, a few pairs."""
-    folder, demo = tmp_path / "data", ROOT / "tasks" / "demo_data"
-    folder.mkdir()
-    pages = (demo / "ru.txt").read_text(encoding="utf-8").split("\n\n")[:120]
-    (folder / "pages.txt").write_text("\n\n".join(pages), encoding="utf-8")
-    with open(demo / "parallel.jsonl", encoding="utf-8") as lines:
-        (folder / "pairs.jsonl").write_text("".join(next(lines) for _ in range(300)), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def module(tmp_path, data, small_vocabulary, monkeypatch, request) -> Callable[..., str]:
-    """Writes a module of tasks into the current folder; gives its name. `NAME` in its text is that name."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "PIECE_BYTES", sources.PIECE_BYTES)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def write(text: str = TASKS, piece_bytes: int = 1 << 20, extra_ids: int = 300) -> str:
-        name = f"tasks_of_{abs(hash(str(tmp_path)))}"
-        model = small_vocabulary.sentencepiece_model_file
-        header = HEADER.format(piece_bytes=piece_bytes, data=str(data), model=model, extra_ids=extra_ids)
-        (tmp_path / f"{name}.py").write_text(f"NAME = {name!r}\n{header}{text}", encoding="utf-8")
-        importlib.invalidate_caches()
-        return name
-
-    return write
-
-
-def store_of(task: str, split: str = "train") -> TokenStore:
-    return TokenStore(task_directory("cache", task, split))
-
-
-def digests(task: str, cache_dir: str = "cache") -> list[str]:
-    return [shard.digest for shard in TokenStore(task_directory(cache_dir, task, "train")).manifest.shards]
 
 
 # ---- the same as seqio -----------------------------------------------------------------------------------------------
@@ -174,7 +112,7 @@ def test_goes_on_where_it_was_stopped(module, monkeypatch):
     name = module(piece_bytes=40_000)
     task = f"{name}_text"
     cache(task, name, "whole", splits=["train"])
-    write_shard, written, stop_at = cache_module._write_shard, [], 2
+    write_shard, written, stop_at = cache_shards._write_shard, [], 2
 
     def write_and_stop(job, *rest):
         if len(written) == stop_at:
@@ -182,7 +120,7 @@ def test_goes_on_where_it_was_stopped(module, monkeypatch):
         written.append(job.index)
         write_shard(job, *rest)
 
-    monkeypatch.setattr(cache_module, "_write_shard", write_and_stop)
+    monkeypatch.setattr(cache_shards, "_write_shard", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
         cache(task, name, "cache", splits=["train"])
     with pytest.raises(UserError, match="is not cached"):

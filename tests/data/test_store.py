@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vikhr_t5.data import store as store_module
-from vikhr_t5.data.manifest import Feature, Manifest, Provenance, file_digest, module_file
+from vikhr_t5.data.manifest import Feature, Manifest, Provenance
+from vikhr_t5.data.module_files import file_digest, module_file
 from vikhr_t5.data.store import CacheMissing, CacheStale, ShardWriter, TokenStore, ensure_cached, open_cached
 from vikhr_t5.data.vocabulary import Vocabulary
 from vikhr_t5.errors import UserError

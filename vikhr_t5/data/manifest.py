@@ -3,16 +3,14 @@
 Nothing here imports TensorFlow or a task module: modules are found and hashed as files.
 """
 
-import contextlib
 import dataclasses
 import glob
-import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import os
-from pathlib import Path
+from collections import Counter
 from typing import Any
+
+from vikhr_t5.data.module_files import file_digest, module_file
 
 FORMAT = 1
 NEEDS_SEQIO = "caching needs seqio and TensorFlow: pip install 'vikhr-t5[seqio]', or bring a cache from another machine"
@@ -30,7 +28,11 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of a store. `digest` is the sha256 of its lengths and tokens."""
+    """One file of a store.
+
+    digest: sha256 of its lengths and tokens, and of its task names where it has them. num_read: examples of the source,
+    before any preprocessor. dropped: documents that were left out, by reason.
+    """
 
     file: str
     num_examples: int
@@ -38,20 +40,24 @@ class Shard:
     num_bytes: int
     digest: str
     skipped_lines: int
+    num_read: int = 0
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
     """What a store, or a mixture's definition, was made from.
 
-    module: the Python module that registers the task. modules: sha256 of the source of every module of its package
-    that was loaded. data_files: (absolute path, bytes, mtime in ns). patterns: the globs which these files match.
+    module: the Python module that registers the task; several, joined by commas. modules: sha256 of the source of
+    these modules and of those that they import. data_files: (absolute path, bytes, mtime in ns). patterns: the globs
+    which these files match. folders: environment variable -> the folder it named, of those that say where the data lie.
     """
 
     module: str
     modules: dict[str, str]
     data_files: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
     patterns: list[str] = dataclasses.field(default_factory=list)
+    folders: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def change(self) -> str | None:
         """What has changed since, in words, or None. What is not on this machine cannot be checked and counts as
@@ -60,13 +66,22 @@ class Provenance:
             file = module_file(name)
             if file is not None and file_digest(file) != digest:
                 return f"{file} has changed"
-        for path, size, mtime in self.data_files:
-            with contextlib.suppress(FileNotFoundError):
-                now = os.stat(path)
-                if now.st_size != size:
-                    return f"{path} has changed: {size} bytes then, {now.st_size} now"
-                if now.st_mtime_ns != mtime:
-                    return f"{path} was written again"
+        for variable, folder in self.folders.items():
+            now = os.environ.get(variable)
+            if now and os.path.abspath(now) != folder:
+                return f"{variable} was {folder or 'not set'} and is {now}"
+        return self._change_of_files()
+
+    def _change_of_files(self) -> str | None:
+        gone = [path for path, _, _ in self.data_files if not os.path.exists(path)]
+        if 0 < len(gone) < len(self.data_files):
+            return f"{gone[0]} is gone"
+        for path, size, mtime in self.data_files if not gone else []:
+            stat = os.stat(path)
+            if stat.st_size != size:
+                return f"{path} has changed: {size} bytes then, {stat.st_size} now"
+            if stat.st_mtime_ns != mtime:
+                return f"{path} was written again"
         known = {path for path, _, _ in self.data_files}
         for pattern in self.patterns:
             if new := sorted(set(glob.glob(pattern, recursive=True)) - known):
@@ -78,7 +93,8 @@ class Provenance:
 class Manifest:
     """Everything about one split of one task. `transform` is what must still be applied to the tokens after the cache
     (the JSON of `post_cache_transform()`, e.g. a denoiser mixture) or None; `frozen` names the preprocessors that the
-    task has after its cache placeholder and that were applied before it all the same."""
+    task has after its cache placeholder and that were applied before it all the same; `dedup` has the parameters of the
+    deduplication of documents, or None."""
 
     task: str
     split: str
@@ -88,6 +104,7 @@ class Manifest:
     frozen: list[str]
     provenance: Provenance
     versions: dict[str, str]
+    dedup: dict[str, Any] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -101,6 +118,15 @@ class Manifest:
     def skipped_lines(self) -> int:
         return sum(shard.skipped_lines for shard in self.shards)
 
+    @property
+    def num_read(self) -> int:
+        return sum(shard.num_read for shard in self.shards)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Documents that were left out, by reason; the most frequent first."""
+        return dict(sum((Counter(shard.dropped) for shard in self.shards), Counter()).most_common())
+
     def stale_reason(self, vocabulary_fingerprint: str | None = None) -> str | None:
         """Why the store must not be used, in words, or None. A vocabulary of None is not compared."""
         if vocabulary_fingerprint is not None:
@@ -110,8 +136,31 @@ class Manifest:
                     return f"its {name} were made with another vocabulary (sha256 {was}…, now {now}…)"
         return self.provenance.change()
 
+    def change_to(self, planned: "Manifest") -> str | None:
+        """What would be made otherwise by `planned`, which has no shards yet, in words, or None."""
+        mine, other = self.provenance, planned.provenance
+        if self.features != planned.features:
+            return "its features or their vocabulary have changed"
+        if self.transform != planned.transform:
+            return "what is applied after the cache, such as its denoisers, has changed"
+        if self.dedup != planned.dedup:
+            return f"deduplication was {_in_words(self.dedup)} and is {_in_words(planned.dedup)}"
+        if not set(mine.module.split(",")) & set(other.module.split(",")):
+            return f"{mine.module} registered it, and now {other.module}"
+        if changed := sorted(set(mine.data_files) ^ set(other.data_files)):
+            return f"its files have changed: {changed[0][0]}"
+        if sorted(mine.patterns) != sorted(other.patterns):
+            return f"its patterns of files were {', '.join(mine.patterns)} and are {', '.join(other.patterns)}"
+        return mine.change()
+
     def to_json(self) -> str:
-        totals = {"examples": self.num_examples, "tokens": self.num_tokens, "skipped_lines": self.skipped_lines}
+        totals = {
+            "read": self.num_read,
+            "examples": self.num_examples,
+            "tokens": self.num_tokens,
+            "dropped": self.dropped,
+            "skipped_lines": self.skipped_lines,
+        }
         record = {"format": FORMAT, "totals": totals, **dataclasses.asdict(self)}
         return json.dumps(record, ensure_ascii=False, indent=1) + "\n"
 
@@ -128,28 +177,8 @@ class Manifest:
 
 
 def provenance_from_json(record: dict[str, Any]) -> Provenance:
-    files = [(path, size, mtime) for path, size, mtime in record["data_files"]]
-    return Provenance(record["module"], record["modules"], files, record["patterns"])
+    return Provenance(**{**record, "data_files": [tuple(file) for file in record["data_files"]]})
 
 
-def file_digest(path: Path) -> str:
-    """sha256 hex of a file."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def module_file(module: str) -> Path | None:
-    """The source file of a module, found on sys.path and in the current folder without importing anything (importing
-    a package may import seqio); None where there is none."""
-    top, *rest = module.split(".")
-    try:
-        spec = importlib.util.find_spec(top)
-    except ValueError:  # a module that was made by hand has no spec
-        spec = None
-    spec = spec or importlib.machinery.PathFinder.find_spec(top, [os.getcwd()])
-    for depth, name in enumerate(rest):
-        if spec is None or spec.submodule_search_locations is None:
-            return None
-        path = list(spec.submodule_search_locations)
-        spec = importlib.machinery.PathFinder.find_spec(".".join([top, *rest[:depth], name]), path)
-    return Path(spec.origin) if spec is not None and spec.origin and os.path.isfile(spec.origin) else None
+def _in_words(dedup: dict[str, Any] | None) -> str:
+    return " ".join(f"{name}={value}" for name, value in dedup.items()) if dedup else "none"

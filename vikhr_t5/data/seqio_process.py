@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from vikhr_t5.errors import UserError
@@ -18,12 +19,41 @@ def run(module: str, arguments: dict[str, Any]) -> str:
     Raises:
         UserError: the module's. RuntimeError: it ended otherwise.
     """
-    # It must find the same packages as this process: same sys.path, and nothing put in front of it (-P).
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-P", "-m", module, json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode == 2:
-        raise UserError(done.stdout.strip().rpartition("\n")[2])  # a task may have printed before it
-    if done.returncode != 0:
-        raise RuntimeError(f"{module} ended with exit status {done.returncode}; its output is above")
+    done = subprocess.run(_command(module, arguments), env=_environment(), stdout=subprocess.PIPE, text=True)
+    _check(module, done.returncode, done.stdout)
     return done.stdout
+
+
+def lines(module: str, arguments: dict[str, Any]) -> Iterator[str]:
+    """As `run`, line by line while it runs. Closing the iterator ends the process."""
+    with subprocess.Popen(
+        _command(module, arguments), env=_environment(), stdout=subprocess.PIPE, encoding="utf-8"
+    ) as process:
+        assert process.stdout
+        try:
+            held = ""  # the last line may be the message of an error
+            for line in process.stdout:
+                if held:
+                    yield held
+                held = line
+            _check(module, process.wait(), held)
+            if held:
+                yield held
+        finally:
+            process.kill()
+
+
+def _command(module: str, arguments: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-P", "-m", module, json.dumps(arguments)]
+
+
+def _environment() -> dict[str, str]:
+    """It must find the same packages as this process: same sys.path, and nothing put in front of it (-P)."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+
+
+def _check(module: str, status: int, output: str) -> None:
+    if status == 2:
+        raise UserError(output.strip().rpartition("\n")[2])  # a task may have printed before it
+    if status != 0:
+        raise RuntimeError(f"{module} ended with exit status {status}; its output is above")

@@ -4,7 +4,8 @@
     <cache_dir>/tasks/<task>/<split>/shard-00000-of-00004.arrow
     <cache_dir>/mixtures/<name>.json
 
-A shard is an uncompressed Arrow IPC file with one `large_list<int32>` column per feature. A split's folder appears as
+A shard is an uncompressed Arrow IPC file with one `large_list<int32>` column per feature and, where the task's
+preprocessors tell which task an example comes from, a column of strings `task_name`. A split's folder appears as
 a whole, by a rename, so a folder with a manifest is complete. `mixtures/<name>.json` says which tasks a name stands
 for and at what rates; a task alone is a mixture of itself. `vikhr_t5.data.cache` writes all of this.
 
@@ -20,7 +21,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path
 
 MANIFEST = "manifest.json"
+TASK_NAME = "task_name"  # the column, and the feature of an example that it is made of
 # Tokens of the widest feature in one record batch; a slice inside a batch is read without a copy.
 BATCH_TOKENS = 1 << 22
 
@@ -103,6 +105,19 @@ class TokenStore:
         """Tokens of each example, int32 [N]."""
         return np.diff(self._offsets[feature]).astype(np.int32)
 
+    @functools.cached_property
+    def names(self) -> tuple[np.ndarray, tuple[str, ...]] | None:
+        """Which task each example comes from, where the preprocessors told it: int32 [N] places in the sorted names."""
+        if TASK_NAME not in self._schema.names:
+            return None
+        column = pa.chunked_array([batch.column(TASK_NAME) for batch in self._batches], pa.string())
+        encoded = column.combine_chunks().dictionary_encode()
+        found = encoded.dictionary.to_pylist()
+        order = sorted(range(len(found)), key=found.__getitem__)
+        ranks = np.empty(len(found), np.int32)
+        ranks[order] = np.arange(len(found))
+        return ranks[encoded.indices.to_numpy()], tuple(found[place] for place in order)
+
     def example(self, index: int) -> dict[str, np.ndarray]:
         """One example: feature -> int32 tokens (read-only)."""
         bounds = {name: offsets[index : index + 2] for name, offsets in self._offsets.items()}
@@ -133,6 +148,10 @@ class TokenStore:
             reader = pa.ipc.open_file(pa.memory_map(str(self.directory / shard.file)))
             batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
         return batches
+
+    @property
+    def _schema(self) -> pa.Schema:
+        return pa.ipc.open_file(pa.memory_map(str(self.directory / self.manifest.shards[0].file))).schema
 
     @functools.cached_property
     def _columns(self) -> dict[str, _Column]:
@@ -165,12 +184,15 @@ class ShardWriter:
         shard = writer.shard(skipped_lines=0)
 
     `tokens` are the examples' tokens one after another, `lengths` int [n] cuts them; n is the same for all features.
+    With `named`, each write also has the n names of the tasks that the examples come from.
     """
 
-    def __init__(self, path: str | os.PathLike[str], features: tuple[str, ...]):
+    def __init__(self, path: str | os.PathLike[str], features: tuple[str, ...], named: bool = False):
         self.path = Path(path)
         self.num_examples, self.num_tokens = 0, dict.fromkeys(features, 0)
-        self._schema = pa.schema([(name, pa.large_list(pa.int32())) for name in features])
+        self._names: list[str] | None = [] if named else None
+        names = [(TASK_NAME, pa.string())] if named else []
+        self._schema = pa.schema([*((name, pa.large_list(pa.int32())) for name in features), *names])
         self._digest = hashlib.sha256()
         self._pending: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in features}
         self._flushed = dict(self.num_tokens)
@@ -186,9 +208,12 @@ class ShardWriter:
             self._flush()
         return self._stack.__exit__(*error)
 
-    def write(self, columns: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Append n examples: feature -> (tokens [sum of lengths], lengths [n])."""
+    def write(self, columns: Mapping[str, tuple[np.ndarray, np.ndarray]], names: Sequence[str] | None = None) -> None:
+        """Append n examples: feature -> (tokens [sum of lengths], lengths [n]); `names` [n] where they are named."""
         counts = {len(columns[name][1]) for name in self.num_tokens}
+        if self._names is not None:
+            counts.add(len(names or ()))
+            self._names += names or ()
         if len(counts) != 1:
             raise ValueError(f"features of different numbers of examples: {counts}")
         self.num_examples += counts.pop()
@@ -215,12 +240,24 @@ class ShardWriter:
             arrays.append(pa.LargeListArray.from_arrays(offsets, tokens))
             pending.clear()
             self._flushed[name] = self.num_tokens[name]
+        if self._names is not None:
+            arrays.append(pa.array(self._names, pa.string()))
+            self._digest.update("\0".join(self._names).encode())
+            self._names.clear()
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
 
-    def shard(self, skipped_lines: int) -> Shard:
+    def shard(self, skipped_lines: int, num_read: int = 0, dropped: Mapping[str, int] | None = None) -> Shard:
         """The manifest's record of the finished file."""
-        size = self.path.stat().st_size
-        return Shard(self.path.name, self.num_examples, self.num_tokens, size, self._digest.hexdigest(), skipped_lines)
+        return Shard(
+            self.path.name,
+            self.num_examples,
+            self.num_tokens,
+            self.path.stat().st_size,
+            self._digest.hexdigest(),
+            skipped_lines,
+            num_read,
+            dict(dropped or {}),
+        )
 
 
 # ---- opening by name -------------------------------------------------------------------------------------------------
