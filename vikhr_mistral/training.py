@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -428,7 +429,9 @@ class AnchoredTrainer(Trainer):
         """Weights are a part of the state below; a folder for transformers is written once, when the run has ended."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        dcp.save(self._state(), checkpoint_id=os.path.join(output_dir, STATE), no_dist=self.args.world_size == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+            dcp.save(self._state(), checkpoint_id=os.path.join(output_dir, STATE), no_dist=self.args.world_size == 1)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
@@ -439,7 +442,9 @@ class AnchoredTrainer(Trainer):
         if checkpoint is None:
             return
         state = self._state()
-        dcp.load(state, checkpoint_id=os.path.join(checkpoint, STATE), no_dist=self.args.world_size == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=os.path.join(checkpoint, STATE), no_dist=self.args.world_size == 1)
         dcp_state.set_model_state_dict(
             self.model_wrapped, state["model"], options=dcp_state.StateDictOptions(strict=False)
         )

@@ -1,0 +1,318 @@
+"""`vikhr-mistral pretrain`: continued pre-training on several corpora, close to the base if asked for.
+
+    OUTPUT/model          the result: a folder of transformers, or of PEFT (`trainable: lora`, and new rows only)
+    OUTPUT/metrics.jsonl, run.json, config.yaml, checkpoints/, tokens/
+
+Started again with the same configuration it goes on from the newest checkpoint.
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vikhr_mistral import fingerprint
+from vikhr_mistral.anchoring import AnchorConfig
+from vikhr_mistral.config import read_config
+from vikhr_mistral.corpus import TokenizedCorpus, tokenize, tokenizer_fingerprint
+from vikhr_mistral.packing import DocumentRows, MixedRows
+from vikhr_mistral.reference import Reference, load_copy
+from vikhr_mistral.training import TrainConfig, train
+from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.files import atomic_path, write_text_atomic
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """One corpus.
+
+    Attributes:
+        files: file, glob, folder, saved dataset or hub name, or a list of them.
+        field: of a row; .txt files have `text`.
+        share: of the run's rows, hence of its tokens; exact in every 1000 rows.
+    """
+
+    files: str | list[str]
+    field: str = "text"
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """Documents that are only evaluated: at most `rows` rows of them."""
+
+    files: str | list[str]
+    field: str = "text"
+    rows: int = 64
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of the projections, and what else is trained beside them.
+
+    Attributes:
+        embeddings: of embed_tokens and lm_head: full, new (the rows from `PretrainConfig.new_rows_from` on), none.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = PROJECTIONS
+    embeddings: Literal["full", "new", "none"] = "full"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A run's YAML.
+
+    Attributes:
+        model: folder of the model to begin with (of `vikhr-mistral init`), with its tokenizer.
+        corpora: by name; shares say how much of the text each is (Russian, and English replay).
+        trainable: full; lora; embeddings (embed_tokens and lm_head alone); new_embeddings (their new rows alone).
+        new_rows_from: first row that counts as new, for `new`: the size of the base's vocabulary.
+        dtype: in which weights are loaded, trained and kept; float32 for masters under bfloat16 products.
+        tokens_dir: where tokenized corpora are kept; by default in `output_dir`.
+    """
+
+    model: str
+    output_dir: str
+    corpora: dict[str, CorpusConfig]
+    train: TrainConfig
+    held_out: dict[str, HeldOutConfig] = field(default_factory=dict)
+    sequence_length: int = 4096
+    trainable: Literal["full", "lora", "embeddings", "new_embeddings"] = "full"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    new_rows_from: int = 32000
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "flash_attention_2", "flash_attention_3", "eager"] = "sdpa"
+    tokens_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.corpora:
+            raise ValueError("corpora is empty: name at least one, with its files")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length is {self.sequence_length}, and at least 2 is needed")
+
+
+def pretrain(config_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> None:
+    """Runs, or goes on with, the run that a YAML file describes; under `accelerate launch` or `torchrun`, too.
+
+    Args:
+        config_path: YAML of `PretrainConfig`.
+        overrides: "train.max_steps=100", as for `read_config`.
+
+    Raises:
+        UserError: bad settings or input, or an output_dir of another run.
+    """
+    config = read_config(PretrainConfig, Path(config_path), overrides)
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())  # begins the process group
+    folder = Path(config.output_dir)
+    tokenizer = load_tokenizer(config.model)
+    base_tokenizer = load_tokenizer(config.anchor.base_tokenizer) if config.anchor.base_tokenizer else None
+    with state.main_process_first():  # the others find what it has written
+        folder.mkdir(parents=True, exist_ok=True)
+        corpora = [
+            _tokenized(config, name, corpus, tokenizer, base_tokenizer) for name, corpus in config.corpora.items()
+        ]
+        held_out = {
+            name: _tokenized(config, f"held-out-{name}", corpus, tokenizer) for name, corpus in config.held_out.items()
+        }
+        base = fingerprint.fingerprint(config.anchor.reference or config.model) if config.anchor.active else None
+    length, steps, seed = config.sequence_length, config.train.max_steps, config.train.seed
+    rows = MixedRows(
+        [DocumentRows(corpus, length, seed, source_id) for source_id, corpus in enumerate(corpora)],
+        [corpus.share for corpus in config.corpora.values()],
+        steps * config.train.batch_size,
+    )
+    model = load_model(config, len(tokenizer))
+    reference = None
+    if config.anchor.active:
+        adapters_off = hasattr(model, "disable_adapter") and config.anchor.reference is None
+        copy = None
+        if not adapters_off:
+            dtype = getattr(torch, "bfloat16" if config.train.precision == "bfloat16" else config.dtype)
+            copy = load_copy(
+                config.anchor.reference or config.model, config.anchor, dtype, config.attention, state.device
+            )
+        reference = Reference(copy)
+    if state.is_main_process:
+        _describe(config, corpora, model)
+    finished = train(
+        config.train,
+        model,
+        rows,
+        {name: _eval_rows(corpus, length, config.held_out[name].rows, seed) for name, corpus in held_out.items()},
+        output_dir=folder,
+        attention=config.attention,
+        anchor=config.anchor,
+        reference=reference,
+        shared_size=len(base_tokenizer) if base_tokenizer is not None else None,
+        source_names=list(config.corpora) if len(corpora) > 1 else (),
+        must_stay={
+            "model": os.path.abspath(config.model),
+            "reference": config.anchor.active and os.path.abspath(config.anchor.reference or config.model),
+            "reference_fingerprint": base,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "corpora": {
+                name: [corpus.directory.name, config.corpora[name].share]
+                for name, corpus in zip(config.corpora, corpora, strict=True)
+            },
+            "sequence_length": length,
+            "trainable": config.trainable,
+        },
+    )
+    if finished:
+        save(config, model, state)
+    elif state.is_main_process:
+        print(f"stopped; the same command goes on from {folder}/checkpoints", file=sys.stderr)
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """A fast tokenizer from a model folder. UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
+    except Exception as error:  # transformers has no common class for it
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: no tokenizer can be read there ({type(error).__name__}: {text})") from None
+
+
+def load_model(config: PretrainConfig, tokenizer_size: int) -> Any:
+    """The model to train, with what is trained requiring a gradient.
+
+    Raises:
+        UserError: the folder is no causal model, its vocabulary is smaller than the tokenizer's, or a module that is
+            to have an adapter is not there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{config.model}: the model cannot be loaded ({type(error).__name__}: {text})") from None
+    if model.config.vocab_size < tokenizer_size:
+        raise UserError(
+            f"{config.model}: the tokenizer has {tokenizer_size} pieces and the model {model.config.vocab_size} rows; "
+            "run vikhr-mistral init with this tokenizer"
+        )
+    if config.trainable == "full":
+        return model
+    if config.trainable == "embeddings":
+        model.requires_grad_(False)
+        model.get_input_embeddings().requires_grad_(True)
+        model.get_output_embeddings().requires_grad_(True)
+        return model
+    return _with_peft(config, model)
+
+
+def _with_peft(config: PretrainConfig, model: Any) -> Any:
+    import peft
+
+    new_rows = list(range(config.new_rows_from, model.config.vocab_size))
+    embeddings = ["embed_tokens", "lm_head"]
+    if (config.trainable == "new_embeddings" or config.lora.embeddings == "new") and not new_rows:
+        raise UserError(
+            f"{config.model}: no row from new_rows_from = {config.new_rows_from} on; it has {model.config.vocab_size}"
+        )
+    if config.trainable == "new_embeddings":
+        settings: Any = peft.TrainableTokensConfig(
+            token_indices=new_rows, target_modules=embeddings, task_type="CAUSAL_LM"
+        )
+        return peft.get_peft_model(model, settings)
+    known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    for name in config.lora.target_modules:
+        if name not in known:
+            raise UserError(f"lora.target_modules: the model has no module {name!r}; {nearest(name, known)}")
+    settings = peft.LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=list(config.lora.target_modules),
+        modules_to_save=embeddings if config.lora.embeddings == "full" else None,
+        trainable_token_indices={name: new_rows for name in embeddings} if config.lora.embeddings == "new" else None,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, settings)
+
+
+def save(config: PretrainConfig, model: Any, state: Any) -> None:
+    """OUTPUT/model, whole or absent: weights, tokenizer, and for adapters which base they belong to."""
+    from torch.distributed.checkpoint import state_dict as dcp_state
+
+    adapters = hasattr(model, "peft_config")
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
+    weights = dcp_state.get_model_state_dict(model, options=options)  # of all processes, on the first
+    if state.is_main_process:
+        with atomic_path(Path(config.output_dir) / "model") as folder:
+            model.config.use_cache = True
+            model.save_pretrained(folder, state_dict=weights)
+            load_tokenizer(config.model).save_pretrained(folder)
+            if (Path(config.model) / "tokenizer.model").exists():
+                shutil.copy(Path(config.model) / "tokenizer.model", folder)
+            if adapters:
+                fingerprint.write(folder, config.model)
+        print(f"{config.output_dir}/model is written", file=sys.stderr)
+    state.wait_for_everyone()
+
+
+def _tokenized(
+    config: PretrainConfig, name: str, corpus: CorpusConfig | HeldOutConfig, tokenizer: Any, base_tokenizer: Any = None
+) -> TokenizedCorpus:
+    folder = config.tokens_dir or str(Path(config.output_dir) / "tokens")
+    return tokenize(corpus.files, tokenizer, folder, corpus.field, base_tokenizer, name)
+
+
+def _eval_rows(corpus: TokenizedCorpus, length: int, most: int, seed: int) -> list[Any]:
+    """At most one pass over the documents."""
+    rows = DocumentRows(corpus, length, seed)
+    count = min(most, int(rows.rows_per_epoch))
+    if not count:
+        raise UserError(
+            f"{corpus.directory.name}: held-out text of {len(corpus.tokens)} tokens does not fill a row of {length}"
+        )
+    return [rows[i] for i in range(count)]
+
+
+def _describe(config: PretrainConfig, corpora: Sequence[TokenizedCorpus], model: Any) -> None:
+    """config.yaml of the run folder, and a line for each corpus."""
+    import yaml
+
+    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), allow_unicode=True, sort_keys=False)
+    write_text_atomic(Path(config.output_dir) / "config.yaml", text)
+    shares = [corpus.share for corpus in config.corpora.values()]
+    total = config.train.max_steps * config.train.batch_size * config.sequence_length
+    for (name, settings), corpus in zip(config.corpora.items(), corpora, strict=True):
+        share = settings.share / sum(shares)
+        alike = f", {corpus.alike.mean():.1%} of documents tokenized alike" if corpus.alike is not None else ""
+        epochs = total * share / len(corpus.tokens)
+        print(
+            f"{name}: {len(corpus.tokens):,} tokens, {share:.1%} of the run, {epochs:.2f} epochs{alike}",
+            file=sys.stderr,
+        )
+    trained, everything = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(p.numel() for p in model.parameters()),
+    )
+    print(f"training {trained:,} of {everything:,} parameters ({config.trainable})", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
