@@ -154,13 +154,13 @@ def load(folder: str, device: str | None = None) -> tuple[Any, Any]:
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(where)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder} cannot be opened ({type(error).__name__}: {' '.join(str(error).split())})") from None
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} pieces, and the model {rows} rows for them")
-    return model.eval(), tokenizer
+    return model.to(where).eval(), tokenizer
 
 
 def chat(

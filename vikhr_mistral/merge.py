@@ -6,7 +6,7 @@ of peft may hold, and what becomes of a weight W [out, in]:
     lora_A [r, in], lora_B [out, r]        W + s·B·A, s = alpha/r, or alpha/√r with use_rslora
     lora_embedding_A [r, V], _B [D, r]     W + s·(B·A)ᵀ
     modules_to_save, base_layer            the saved weight in place of W
-    trainable_tokens_delta [n, D]          the saved rows in place of W's rows of trainable_token_indices
+    trainable_tokens_delta [n, D]          the saved rows in place of those of trainable_token_indices (token_indices)
 
 All of the adapter is accounted for: what is something else, or finds no weight of its shape in the base, is refused.
 """
@@ -35,7 +35,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _ELSEWHERE = "merge it with peft's merge_and_unload"
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
 _BENEATH = ".base_layer.weight"
-_ROWS = ".token_adapter.trainable_tokens_delta"
+_ROWS = re.compile(r"(.+?)(\.token_adapter)?\.trainable_tokens_delta")
 
 
 class Adapter(NamedTuple):
@@ -99,14 +99,16 @@ def merge(
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The settings and tensors of an adapter. UserError where it is none, or one of another kind than LoRA."""
+    """The settings and tensors of an adapter. UserError where it is none, or of a kind that is not merged here."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no adapter ({CONFIG}: {type(error).__name__}: {error})") from None
-    if kind != "LORA":
-        raise UserError(f"{folder} is an adapter of the kind {kind}, and LORA is what is merged here: {_ELSEWHERE}")
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+        raise UserError(
+            f"{folder} is an adapter of the kind {kind}; LORA and TRAINABLE_TOKENS are merged here: {_ELSEWHERE}"
+        )
     start = config.get("init_lora_weights")
     changed = isinstance(start, str) and start.startswith(_CHANGES_BASE)
     for name, refused in (
@@ -149,8 +151,8 @@ def changes_of(adapter: Adapter) -> Iterator[Change]:
                 raise UserError(f"{adapter.folder / WEIGHTS} has {name} and no {partner}: copy it again")
             if found[3] == "A":
                 yield _low_rank(adapter, found[1], tensor, adapter.tensors[partner], bool(found[2]))
-        elif name.endswith(_ROWS):
-            yield _rows(adapter, name.removesuffix(_ROWS), tensor)
+        elif found := _ROWS.fullmatch(name):
+            yield _rows(adapter, found[1], tensor)
         elif name.endswith(_BENEATH) or (name != module and module.split(".")[-1] in saved):
             yield Change(name.replace(_BENEATH, ".weight"), tensor.shape, 0, lambda _, tensor=tensor: tensor.read())  # type: ignore[misc]
         else:
@@ -175,8 +177,8 @@ def _low_rank(adapter: Adapter, module: str, a: Tensor, b: Tensor, embedding: bo
 
 
 def _rows(adapter: Adapter, module: str, rows: Tensor) -> Change:
-    given = adapter.config.get("trainable_token_indices") or []
-    by_module = given if isinstance(given, dict) else {"embed_tokens": given}
+    given = adapter.config.get("trainable_token_indices") or adapter.config.get("token_indices") or []
+    by_module = given if isinstance(given, dict) else {"embed_tokens": given, "lm_head": given}
     indices = next((ids for name, ids in by_module.items() if f".{module}".endswith(f".{name}")), [])
     if len(indices) != rows.shape[0]:
         raise UserError(

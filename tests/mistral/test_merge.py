@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -33,6 +33,7 @@ KINDS = {
         "trainable_token_indices": {"embed_tokens": [60, 61, 63], "lm_head": [60, 61, 63]},
     },
     "rows of the embeddings": {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [5, 7]},
+    "new rows alone": {"target_modules": ["embed_tokens", "lm_head"], "token_indices": [60, 61, 63]},
     "low-rank embeddings": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]},
 }
 
@@ -54,7 +55,8 @@ def model(seed: int = 0, vocab_size: int = 64, dtype: torch.dtype = torch.float3
 def train_adapter(base: Path, folder: Path, settings: dict[str, object], dtype: torch.dtype = torch.float32) -> Path:
     """An adapter whose every trainable number is random, as training leaves it; with the fingerprint of its base."""
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    adapted = get_peft_model(loaded, LoraConfig(task_type="CAUSAL_LM", **settings))
+    kind = TrainableTokensConfig if "token_indices" in settings else LoraConfig
+    adapted = get_peft_model(loaded, kind(task_type="CAUSAL_LM", **settings))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in adapted.parameters():
