@@ -8,25 +8,22 @@ Started again with the same configuration it goes on from the newest checkpoint.
 
 import dataclasses
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vikhr_mistral import fingerprint
 from vikhr_mistral.anchoring import AnchorConfig
 from vikhr_mistral.config import read_config
 from vikhr_mistral.corpus import TokenizedCorpus, tokenize, tokenizer_fingerprint
+from vikhr_mistral.models import Attention, Dtype, LoraConfig, Trainable, load_model, load_tokenizer, save
 from vikhr_mistral.packing import DocumentRows, MixedRows
 from vikhr_mistral.reference import Reference, load_copy
 from vikhr_mistral.training import TrainConfig, train
-from vikhr_t5.errors import UserError, nearest
-from vikhr_t5.files import atomic_path, write_text_atomic
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DTYPES = ("float32", "bfloat16", "float16")
+from vikhr_t5.errors import UserError
+from vikhr_t5.files import write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -54,21 +51,6 @@ class HeldOutConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """Adapters of the projections, and what else is trained beside them.
-
-    Attributes:
-        embeddings: of embed_tokens and lm_head: full, new (the rows from `PretrainConfig.new_rows_from` on), none.
-    """
-
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.05
-    target_modules: tuple[str, ...] = PROJECTIONS
-    embeddings: Literal["full", "new", "none"] = "full"
-
-
-@dataclass(frozen=True)
 class PretrainConfig:
     """A run's YAML.
 
@@ -87,12 +69,12 @@ class PretrainConfig:
     train: TrainConfig
     held_out: dict[str, HeldOutConfig] = field(default_factory=dict)
     sequence_length: int = 4096
-    trainable: Literal["full", "lora", "embeddings", "new_embeddings"] = "full"
+    trainable: Trainable = "full"
     lora: LoraConfig = field(default_factory=LoraConfig)
     new_rows_from: int = 32000
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "flash_attention_2", "flash_attention_3", "eager"] = "sdpa"
+    dtype: Dtype = "float32"
+    attention: Attention = "sdpa"
     tokens_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -135,7 +117,15 @@ def pretrain(config_path: str | os.PathLike[str], overrides: Sequence[str] = ())
         [corpus.share for corpus in config.corpora.values()],
         steps * config.train.batch_size,
     )
-    model = load_model(config, len(tokenizer))
+    model = load_model(
+        config.model,
+        len(tokenizer),
+        dtype=config.dtype,
+        attention=config.attention,
+        trainable=config.trainable,
+        lora=config.lora,
+        new_rows_from=config.new_rows_from,
+    )
     reference = None
     if config.anchor.active:
         adapters_off = hasattr(model, "disable_adapter") and config.anchor.reference is None
@@ -173,102 +163,9 @@ def pretrain(config_path: str | os.PathLike[str], overrides: Sequence[str] = ())
         },
     )
     if finished:
-        save(config, model, state)
+        save(model, tokenizer, config.model, folder / "model", state)
     elif state.is_main_process:
         print(f"stopped; the same command goes on from {folder}/checkpoints", file=sys.stderr)
-
-
-def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """A fast tokenizer from a model folder. UserError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
-    except Exception as error:  # transformers has no common class for it
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: no tokenizer can be read there ({type(error).__name__}: {text})") from None
-
-
-def load_model(config: PretrainConfig, tokenizer_size: int) -> Any:
-    """The model to train, with what is trained requiring a gradient.
-
-    Raises:
-        UserError: the folder is no causal model, its vocabulary is smaller than the tokenizer's, or a module that is
-            to have an adapter is not there.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"{config.model}: the model cannot be loaded ({type(error).__name__}: {text})") from None
-    if model.config.vocab_size < tokenizer_size:
-        raise UserError(
-            f"{config.model}: the tokenizer has {tokenizer_size} pieces and the model {model.config.vocab_size} rows; "
-            "run vikhr-mistral init with this tokenizer"
-        )
-    if config.trainable == "full":
-        return model
-    if config.trainable == "embeddings":
-        model.requires_grad_(False)
-        model.get_input_embeddings().requires_grad_(True)
-        model.get_output_embeddings().requires_grad_(True)
-        return model
-    return _with_peft(config, model)
-
-
-def _with_peft(config: PretrainConfig, model: Any) -> Any:
-    import peft
-
-    new_rows = list(range(config.new_rows_from, model.config.vocab_size))
-    embeddings = ["embed_tokens", "lm_head"]
-    if (config.trainable == "new_embeddings" or config.lora.embeddings == "new") and not new_rows:
-        raise UserError(
-            f"{config.model}: no row from new_rows_from = {config.new_rows_from} on; it has {model.config.vocab_size}"
-        )
-    if config.trainable == "new_embeddings":
-        settings: Any = peft.TrainableTokensConfig(
-            token_indices=new_rows, target_modules=embeddings, task_type="CAUSAL_LM"
-        )
-        return peft.get_peft_model(model, settings)
-    known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    for name in config.lora.target_modules:
-        if name not in known:
-            raise UserError(f"lora.target_modules: the model has no module {name!r}; {nearest(name, known)}")
-    settings = peft.LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=list(config.lora.target_modules),
-        modules_to_save=embeddings if config.lora.embeddings == "full" else None,
-        trainable_token_indices={name: new_rows for name in embeddings} if config.lora.embeddings == "new" else None,
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(model, settings)
-
-
-def save(config: PretrainConfig, model: Any, state: Any) -> None:
-    """OUTPUT/model, whole or absent: weights, tokenizer, and for adapters which base they belong to."""
-    from torch.distributed.checkpoint import state_dict as dcp_state
-
-    adapters = hasattr(model, "peft_config")
-    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
-    weights = dcp_state.get_model_state_dict(model, options=options)  # of all processes, on the first
-    if state.is_main_process:
-        with atomic_path(Path(config.output_dir) / "model") as folder:
-            model.config.use_cache = True
-            model.save_pretrained(folder, state_dict=weights)
-            load_tokenizer(config.model).save_pretrained(folder)
-            if (Path(config.model) / "tokenizer.model").exists():
-                shutil.copy(Path(config.model) / "tokenizer.model", folder)
-            if adapters:
-                fingerprint.write(folder, config.model)
-        print(f"{config.output_dir}/model is written", file=sys.stderr)
-    state.wait_for_everyone()
 
 
 def _tokenized(
