@@ -13,6 +13,7 @@ import functools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,6 +61,26 @@ def clean(*steps: Step, field: str = "text") -> Preprocessor:
     return preprocess
 
 
+def leave_out(reason: Callable[..., str | None], *fields: str) -> Preprocessor:
+    """A seqio preprocessor: without the examples for whose `fields`, as bytes, `reason` gives one, a short name under
+    which they are counted (`vikhr_t5.data.drops`)."""
+
+    def keep(*columns: np.ndarray) -> np.ndarray:
+        reasons = [reason(*values) for values in zip(*columns, strict=True)]
+        for name, count in Counter(filter(None, reasons)).items():
+            drop(name, count)
+        return np.array([found is None for found in reasons], bool)
+
+    def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        def batch(examples: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            return _masked(examples, tf.numpy_function(keep, [examples[field] for field in fields], tf.bool))
+
+        return dataset.batch(BATCH).map(batch).unbatch()
+
+    preprocess.__name__ = seqio.utils.function_name(reason)
+    return preprocess
+
+
 def at_least(field: str, minimum: float, key: str | None = None) -> Preprocessor:
     """A seqio preprocessor that keeps the examples whose `field` is a number that is no less than `minimum`.
 
@@ -67,28 +88,16 @@ def at_least(field: str, minimum: float, key: str | None = None) -> Preprocessor
     number there is left out. They are counted as `at_least_FIELD`, or `at_least_KEY`.
     """
 
-    def suffices(value: bytes) -> bool:
+    def at_least(value: bytes) -> str | None:
         try:
             number = json.loads(value)
         except ValueError:
-            return False
+            number = None
         if key is not None:
             number = number.get(key) if isinstance(number, dict) else None
-        return isinstance(number, int | float) and number >= minimum
+        return None if isinstance(number, int | float) and number >= minimum else f"at_least_{key or field}"
 
-    def keep(values: np.ndarray) -> np.ndarray:
-        kept = np.array([suffices(value) for value in values], bool)
-        drop(f"at_least_{key or field}", int(np.count_nonzero(~kept)))
-        return kept
-
-    def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
-        def batch(examples: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            return _masked(examples, tf.numpy_function(keep, [examples[field]], tf.bool))
-
-        return dataset.batch(BATCH).map(batch).unbatch()
-
-    preprocess.__name__ = "at_least"
-    return preprocess
+    return leave_out(at_least, field)
 
 
 def _masked(examples: dict[str, tf.Tensor], kept: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -1,7 +1,7 @@
 """seqio preprocessors of our own: a wrapper of the NumPy code that training itself uses without seqio."""
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -14,6 +14,35 @@ from vikhr_t5.data.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary
 from vikhr_t5.errors import UserError
 
 _SPLITS = (np.arange(16) + 0.5) / 16  # the points that stand for a random split
+
+
+def to_instructions(
+    dataset: tf.data.Dataset,
+    make: Callable[..., Iterable[tuple[str, str]]],
+    fields: Sequence[str],
+    task_name: str | None = None,
+) -> tf.data.Dataset:
+    """Rows -> {inputs, targets} as a function of Python makes them: any number of examples of one row.
+
+    Args:
+        make: gives (inputs, targets) of the texts of a row's `fields`, in the order of its arguments.
+        task_name: the field that each example takes over from its row, as the feature `task_name`.
+    """
+
+    def texts(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = [list(make(*(value.decode() for value in row))) for row in zip(*columns, strict=True)]
+        made = [example for row in rows for example in row]
+        inputs, targets = (np.array([example[side] for example in made], object) for side in (0, 1))
+        return inputs, targets, np.array([len(row) for row in rows], np.int64)
+
+    def batch(rows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        types = [tf.string, tf.string, tf.int64]
+        inputs, targets, counts = tf.numpy_function(texts, [rows[field] for field in fields], types)
+        counts = tf.ensure_shape(counts, [None])
+        examples = {"inputs": tf.ensure_shape(inputs, [None]), "targets": tf.ensure_shape(targets, [None])}
+        return examples if task_name is None else {**examples, "task_name": tf.repeat(rows[task_name], counts)}
+
+    return dataset.batch(64).map(batch).unbatch()
 
 
 class Denoise:

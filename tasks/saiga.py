@@ -18,11 +18,11 @@ Where the sets are read from, `tasks.settings.source` says. A chat is held out b
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
 import seqio
 import tensorflow as tf
 
 from tasks import settings
+from tasks.preprocessors import to_instructions
 from vikhr_t5.data.chats import PUBLISHED, SCHEMAS, SYSTEM_PROMPT, Chat, Turn, is_held_out, messages
 from vikhr_t5.data.sources import Example
 
@@ -70,17 +70,10 @@ def next_turns(
         def length(text: str) -> int:
             return len(vocabulary.encode(text))
 
-        def texts(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            chats = [make(*(value.decode() for value in row)) for row in zip(*columns, strict=True)]
-            made = [example for chat in chats for example in examples(chat, length, max_inputs)]
-            return np.array([inputs for inputs, _ in made], object), np.array([targets for _, targets in made], object)
+        def turns(*row: str) -> Iterator[tuple[str, str]]:
+            return examples(make(*row), length, max_inputs)
 
-        def batch(rows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            columns = [rows[field] for field in fields]
-            inputs, targets = tf.numpy_function(texts, columns, [tf.string, tf.string])
-            return {"inputs": tf.ensure_shape(inputs, [None]), "targets": tf.ensure_shape(targets, [None])}
-
-        return dataset.batch(64).map(batch).unbatch()
+        return to_instructions(dataset, turns, fields)
 
     preprocess.__name__ = f"next_turns_of_{make.__name__}"
     return preprocess

@@ -142,6 +142,21 @@ def test_every_source_has_its_curves(page: _Page) -> None:
     assert len([tag for tag, _ in page.tags if tag == "figure"]) == len(page.charts)
 
 
+def test_sets_that_only_evaluations_tell_apart_are_in_the_table_alone(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "flan", ("flan", "chats", "text"), 0, 100, finished=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "eval":
+            line |= {f"loss/flan/glue/set{n}:1.0.0": 1 + n / 1000 for n in range(300)}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report([run], tmp_path / "report.html")
+    page = _Page(tmp_path / "report.html")
+    assert {s["name"] for s in page.charts[0]["series"]} == {"all", "flan", "chats", "text"}
+    assert "303 sources" in page.text
+    assert "flan/glue/set299:1.0.0" in page.text
+    assert "1.299" in page.text
+
+
 def test_curves_are_the_metrics(page: _Page, stages: list[Path]) -> None:
     lines = [json.loads(line) for line in (stages[0] / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]

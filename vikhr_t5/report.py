@@ -27,6 +27,7 @@ from vikhr_t5.progress import duration, human
 POINTS = 300
 _SAMPLES, _PREDICTIONS = 12, 6  # shown at once
 _DIRECT = 10  # sources with a colour of their own
+_MOST_CURVES = 50  # sources in a chart
 _SENTINEL = re.compile(r"&lt;extra_id_(\d+)&gt;")
 _MODE = re.compile(r"^(\[[A-Z0-9]+\]|&lt;[A-Z]+\d*&gt;)")
 
@@ -242,8 +243,7 @@ def _by_source(run: Run, metric: str, sources: Sequence[str], unit: str) -> dict
         for axes, table, dots in curves:
             if curve := thin(axes, table[name]):
                 series.append({"name": _short(source, sources) or "all", "slot": slot, "dots": dots, **curve})
-    what = "denoiser" if all("/" in source for source in sources) else "task"
-    note = f"per {what}; dashed: held out" if run.evals else f"per {what}"
+    note = "per source; dashed: held out" if run.evals else "per source"
     return {
         "title": f"{metric.capitalize()}, {run.name}",
         "note": note if sources else "",
@@ -274,10 +274,17 @@ def _sources(run: Run) -> list[str]:
     return list(dict.fromkeys(name.removeprefix("loss/") for table in tables for name in table.names("loss/")))
 
 
+def _charted(run: Run) -> list[str]:
+    """Sources that have a curve. Where there are many, those of the training lines: it is evaluations that tell the
+    sets of a task apart, and the table has them."""
+    trained = [name.removeprefix("loss/") for name in run.train.names("loss/")]
+    return trained if trained and len(_sources(run)) > _MOST_CURVES else _sources(run)[:_MOST_CURVES]
+
+
 def _short(source: str, sources: Sequence[str]) -> str:
     """A source without the task that all share."""
-    shared = {other.rpartition("/")[0] for other in sources}
-    return source.rpartition("/")[2] if len(shared) == 1 else source
+    shared = {other.partition("/")[0] for other in sources}
+    return source.partition("/")[2] or source if len(shared) == 1 else source
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -304,7 +311,7 @@ def _body(runs: Sequence[Run], charts: list[dict[str, Any]]) -> Iterator[str]:
         return f'<figure data-chart="{len(charts) - 1}" class="{"wide" if spec["wide"] else ""}"></figure>'
 
     for run in runs:
-        sources = _sources(run)
+        sources = _charted(run)
         yield f"<h2>{escape(run.name)}</h2>" if len(runs) > 1 else "<h2>Learning</h2>"
         yield f'<div class="charts">{figure(_by_source(run, "loss", sources, "loss"))}</div>'
         if "accuracy" in run.train.names("accuracy"):

@@ -17,7 +17,7 @@ S, T = 96, 45
 
 
 def example(inputs: list[int], targets: list[int]) -> Segment:
-    return Segment(None, None, np.array(inputs), np.array(targets))
+    return Segment(None, None, np.array(inputs), np.array(targets), source=1)
 
 
 def test_the_worked_example_of_the_batch_contract() -> None:
@@ -162,7 +162,7 @@ def test_a_text_shorter_than_a_row_is_refused(
 def test_examples_are_packed_as_seqio_packs_them(write_task: Callable[..., Path], pairs_task: dict) -> None:
     seqio = pytest.importorskip("seqio")
     tf = pytest.importorskip("tensorflow")
-    rows = ExampleRows(TokenStore(write_task("pairs", pairs_task)), (S, T), seed=0, source=2)
+    rows = ExampleRows(TokenStore(write_task("pairs", pairs_task)), (S, T), seed=0, first_source=2)
     converter = seqio.EncDecFeatureConverter(pack=True)
     for row in (0, rows.num_rows // 2):
         examples = [rows.store.example(i) for i in rows.plan.examples(row)]
@@ -180,7 +180,7 @@ def test_examples_are_packed_as_seqio_packs_them(write_task: Callable[..., Path]
 
 
 def test_every_example_once_in_an_epoch(write_task: Callable[..., Path], pairs_task: dict) -> None:
-    rows = ExampleRows(TokenStore(write_task("pairs", pairs_task)), (S, T), seed=0, source=1)
+    rows = ExampleRows(TokenStore(write_task("pairs", pairs_task)), (S, T), seed=0, first_source=1)
     order = [rows.shuffled(1, place) for place in range(rows.num_rows)]
     found = sorted(tuple(segment.targets) for row in order for segment in rows.segments(1, row))
     assert found == sorted(tuple(targets[:T]) for targets in pairs_task["targets"])
@@ -194,23 +194,23 @@ def test_a_plan_is_kept_beside_the_store(
     write_task: Callable[..., Path], pairs_task: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_task("pairs", pairs_task)
-    first = ExampleRows(TokenStore(folder), (S, T), seed=0, source=1).plan
+    first = ExampleRows(TokenStore(folder), (S, T), seed=0, first_source=1).plan
 
     def never(*_: object, **__: object) -> ExamplePlan:
         raise AssertionError("planned again")
 
     with monkeypatch.context() as patch:
         patch.setattr("vikhr_t5.data.rows.plan_examples", never)
-        again = ExampleRows(TokenStore(folder), (S, T), seed=0, source=1).plan
+        again = ExampleRows(TokenStore(folder), (S, T), seed=0, first_source=1).plan
     assert np.array_equal(first.order, again.order)
     assert np.array_equal(first.bounds, again.bounds)
     (file,) = folder.glob("rows-*.npz")
     file.write_bytes(file.read_bytes()[:100])  # cut short: it is made again
-    assert np.array_equal(ExampleRows(TokenStore(folder), (S, T), seed=0, source=1).plan.order, first.order)
+    assert np.array_equal(ExampleRows(TokenStore(folder), (S, T), seed=0, first_source=1).plan.order, first.order)
 
 
 def test_a_task_without_inputs_or_examples_is_refused(write_task: Callable[..., Path], text_task: dict) -> None:
     with pytest.raises(UserError, match="task text has no feature 'inputs'"):
-        ExampleRows(TokenStore(write_task("text", text_task)), (S, T), seed=0, source=1)
+        ExampleRows(TokenStore(write_task("text", text_task)), (S, T), seed=0, first_source=1)
     with pytest.raises(UserError, match="task none, split 'train', has no examples"):
-        ExampleRows(TokenStore(write_task("none", {"inputs": [], "targets": []})), (S, T), seed=0, source=1)
+        ExampleRows(TokenStore(write_task("none", {"inputs": [], "targets": []})), (S, T), seed=0, first_source=1)

@@ -1,9 +1,7 @@
 """The demo's tasks: licences, splits that share nothing, instructions that hold what they ask for, plain seqio."""
 
 import itertools
-import os
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,26 +13,12 @@ from hypothesis import strategies as st
 from tasks import settings
 from vikhr_t5.data import denoisers
 from vikhr_t5.data.cache import cache
-from vikhr_t5.data.vocabulary import train_vocabulary
 from vikhr_t5.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tasks" / "demo_data"
 TASKS = ("demo_ul2", "demo_span_corruption")
 INSTRUCTIONS = ("demo_translate_ru_en", "demo_translate_en_ru", "demo_complete", "demo_restore")
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """tasks.demo takes its vocabulary from the environment when it is imported, which another test may have done."""
-    if "tasks.demo" not in sys.modules:
-        pages = (DATA / "ru.txt").read_text(encoding="utf-8").split("\n\n")[:200]
-        vocabulary = train_vocabulary(pages, tmp_path_factory.mktemp("vocabulary") / "ru.model", size=1000)
-        os.environ["VIKHR_T5_VOCABULARY"] = vocabulary.sentencepiece_model_file
-        os.environ["VIKHR_T5_EXTRA_IDS"] = str(vocabulary.extra_ids)
-    import tasks.demo
-
-    return tasks.demo
 
 
 @pytest.fixture(scope="session")

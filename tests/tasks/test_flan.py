@@ -1,77 +1,27 @@
-"""Translated FLAN from local files of the published schemas, which the tests write; nothing is downloaded."""
-
-import itertools
-import json
-import os
-from pathlib import Path
+"""Translated FLAN: what becomes of the published rows, the split, the mixture; nothing is downloaded."""
 
 import datasets
+import published
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import seqio
+from published import FLAN
 
+from vikhr_t5.data import drops
 from vikhr_t5.data.cache import cache
+from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
 from vikhr_t5.errors import UserError
 
-DATASETS = {
-    "flan_translated_300k": "Vikhrmodels/Flan_translated_300k",
-    "flan_alexwortega": "AlexWortega/flan",
-    "flan2021_submix_ru": "d0rj/flan2021_submix_original-ru",
-    **{
-        f"flan_aya_{kind}": f"CohereForAI/aya_collection/translated_flan_{kind}"
-        for kind in ("cot", "qa", "coqa", "gem_wiki", "lambada")
-    },
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def flan():
-    """The vocabulary is taken when the tasks are imported; bytes suffice where no other test has set one."""
-    os.environ.setdefault("VIKHR_T5_VOCABULARY", "bytes")
-    import tasks.flan
-
-    return tasks.flan
+SUBMIX = FLAN["flan2021_submix_ru"]
 
 
 def rows(task: str, count: int) -> list[dict[str, object]]:
-    """As published."""
-    texts = [(f"{task}: сколько будет {n} + {n}?", f"Будет {2 * n}.") for n in range(count)]
-    if task in ("flan_translated_300k", "flan_alexwortega"):
-        return [{"inputs": inputs, "target": target} for inputs, target in texts]
-    if task == "flan2021_submix_ru":
-        kind = {"task_source": "Flan2021", "task_name": "wmt16_translate", "template_type": "zs_noopt"}
-        return [{"inputs": inputs, "targets": targets, **kind} for inputs, targets in texts]
-    aya = {
-        "dataset_name": "Flan-CoT-submix (T)",
-        "sub_dataset_name": "-",
-        "task_type": "question-answering",
-        "template_id": 1,
-        "script": "Cyrl",
-        "split": "train",
-    }
-    return [
-        {"id": n, "inputs": inputs, "targets": targets, "language": language, **aya}
-        for language in ("rus", "ukr")
-        for n, (inputs, targets) in enumerate(texts)
-    ]
+    """As published, with `count` different texts."""
+    return FLAN[task].table([f"{task}: сколько будет {n} + {n}?" for n in range(count)]).to_pylist()
 
 
-def write(folder: Path, made: list[dict[str, object]], form: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if form == "jsonl":
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
-        (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
-    elif form == "parquet":
-        pq.write_table(pa.Table.from_pylist(made), folder / "train-00000-of-00001.parquet")
-    else:
-        datasets.DatasetDict({"train": datasets.Dataset.from_list(made)}).save_to_disk(folder)
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("VIKHR_T5_DATA_DIR", str(tmp_path))
-    return tmp_path
+def write(data, task: str, made: list[dict[str, object]], form: str) -> None:
+    published.write(data / FLAN[task].folder, pa.Table.from_pylist(made, FLAN[task].schema), form)
 
 
 def pairs(task: str, split: str) -> list[tuple[str, str]]:
@@ -79,17 +29,8 @@ def pairs(task: str, split: str) -> list[tuple[str, str]]:
     return [(e["inputs_pretokenized"].decode(), e["targets_pretokenized"].decode()) for e in examples]
 
 
-@pytest.mark.parametrize(("task", "form"), zip(DATASETS, itertools.cycle(["jsonl", "parquet", "saved"])))
-def test_each_published_schema_gives_inputs_and_targets(data, task, form):
-    write(data / DATASETS[task], rows(task, 25), form)
-    found = pairs(task, "train") + pairs(task, "validation")
-    assert sorted(found) == sorted(
-        (row["inputs"], row.get("target", row.get("targets"))) for row in rows(task, 25)[:25]
-    )
-
-
 def test_an_instruction_ends_in_eos_on_both_sides(data):
-    write(data / DATASETS["flan_alexwortega"], rows("flan_alexwortega", 20), "jsonl")
+    write(data, "flan_alexwortega", rows("flan_alexwortega", 20), "jsonl")
     task = seqio.TaskRegistry.get("flan_alexwortega")
     vocabulary = task.output_features["inputs"].vocabulary
     for example in task.get_dataset(None, "train", shuffle=False).as_numpy_iterator():
@@ -99,46 +40,96 @@ def test_an_instruction_ends_in_eos_on_both_sides(data):
 
 def test_the_split_depends_on_the_text_of_the_inputs_alone(data, flan):
     made = rows("flan_translated_300k", 1200)
-    write(data / DATASETS["flan_translated_300k"], made, "jsonl")
+    write(data, "flan_translated_300k", made, "jsonl")
     held_out = pairs("flan_translated_300k", "validation")
     assert 0.004 < len(held_out) / 1200 < 0.02
     assert not set(held_out) & set(pairs("flan_translated_300k", "train"))
-    write(data / DATASETS["flan_alexwortega"], [*made[::-1], *rows("flan_alexwortega", 30)], "parquet")
+    write(data, "flan_alexwortega", [*made[::-1], *rows("flan_alexwortega", 30)], "parquet")
     elsewhere = pairs("flan_alexwortega", "validation")
     assert set(held_out) <= set(elsewhere)
     assert flan.is_held_out("validation", {"inputs": held_out[0][0].encode()})
 
 
-def test_a_blank_translation_is_left_out(data):
+def test_a_blank_translation_is_left_out_and_counted(data):
     made = rows("flan2021_submix_ru", 30)
     made[3]["targets"], made[4]["inputs"] = "", " \n"
-    write(data / DATASETS["flan2021_submix_ru"], made, "parquet")
+    write(data, "flan2021_submix_ru", made, "parquet")
+    before = drops.counts()
     found = pairs("flan2021_submix_ru", "train") + pairs("flan2021_submix_ru", "validation")
     assert len(found) == 28
+    assert drops.counts() - before == {"blank": 2}
 
 
-def test_the_mixture_has_rates_by_size_with_a_cap(data, flan):
+def test_each_template_type_is_a_task(data, flan):
+    made = rows("flan2021_submix_ru", 40)
+    write(data, "flan2021_submix_ru", made, "parquet")
+    found = {
+        kind: {inputs for split in ("train", "validation") for inputs, _ in pairs(f"flan2021_submix_ru_{kind}", split)}
+        for kind in flan.TEMPLATE_TYPES
+    }
+    assert found == {
+        kind: {row["inputs"] for row in made if row["template_type"] == kind} for kind in flan.TEMPLATE_TYPES
+    }
+
+
+def test_a_template_type_that_flan_has_not_is_named(data):
+    made = rows("flan2021_submix_ru", 20)
+    made[7]["template_type"] = "zsopt"
+    write(data, "flan2021_submix_ru", made, "parquet")
+    with pytest.raises(UserError, match=r"^d0rj/.*: a row's template_type is 'zsopt'; nearest: zs_opt"):
+        list(seqio.TaskRegistry.get("flan2021_submix_ru_fs_opt").source.examples("train"))
+
+
+def test_the_set_that_a_row_is_from_goes_with_it(data):
+    made = rows("flan_aya_cot", 12)
+    write(data, "flan_aya_cot", made, "jsonl")
+    found = seqio.TaskRegistry.get("flan_aya_cot").get_dataset(None, "train", shuffle=False).as_numpy_iterator()
+    names = {example["inputs_pretokenized"].decode(): example["task_name"].decode() for example in found}
+    assert names == {
+        row["inputs"]: "Flan-cot-submix (T)" if n % 3 else "esnli" for n, row in enumerate(made) if not n % 2
+    }
+
+
+def test_the_mixture_has_the_rates_of_flan_2022(data, flan):
     mixture = seqio.MixtureRegistry.get("vikhr_flan")
-    assert {task.name for task in mixture.tasks} == set(DATASETS) - {"flan_alexwortega"}
-    sizes = {}
-    for task, count in (("flan_translated_300k", 60), ("flan2021_submix_ru", 70), ("flan_aya_qa", 120)):
-        write(data / DATASETS[task], rows(task, count), "jsonl")
-        sizes[task] = len(pairs(task, "train"))
-    assert {task: mixture.get_rate(seqio.TaskRegistry.get(task)) for task in sizes} == sizes
-    rate = mixture.rate_per_task_name["flan2021_submix_ru"]
-    assert rate.keywords == {"maximum": flan.RATE_MAXIMUM}
-    assert rate(seqio.TaskRegistry.get("flan_aya_qa"), maximum=80) == 80
+    sizes = {"flan_aya_qa": 10_000, "flan_aya_gem_wiki": 50_000, "flan_aya_lambada": 30_001}
+    for task, size in sizes.items():
+        seqio.TaskRegistry.get(task).num_input_examples = lambda split, size=size: size
+    try:
+        rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
+    finally:
+        for task in sizes:
+            del seqio.TaskRegistry.get(task).num_input_examples
+    templates, aya = 59 * 30_000, {"flan_aya_qa": 10_000, "flan_aya_gem_wiki": 30_000, "flan_aya_lambada": 30_000}
+    flan_2021 = templates + sum(aya.values())
+    expected = {f"flan2021_submix_ru_{kind}": 0.4 * templates / flan_2021 / 4 for kind in flan.TEMPLATE_TYPES}
+    expected |= {task: 0.4 * rate / flan_2021 for task, rate in aya.items()}
+    assert rates == pytest.approx(
+        {**expected, "flan_translated_300k": 0.52, "flan_aya_cot": 0.05, "flan_aya_coqa": 0.03}
+    )
+    assert sum(rates.values()) == pytest.approx(1)
 
 
-def test_the_mixture_is_cached_with_the_sizes_of_its_stores(data):
-    mixture = seqio.MixtureRegistry.get("vikhr_flan")
-    for number, task in enumerate(mixture.tasks):
-        write(data / DATASETS[task.name], rows(task.name, 200 + number), "parquet")
-    manifests = cache("vikhr_flan", "tasks.flan", data / "cache")
-    sizes = {name: splits["train"].num_examples for name, splits in manifests.items()}
-    assert sum(one["train"].num_examples + one["validation"].num_examples for one in manifests.values()) == 1421
-    [written] = [json.loads(file.read_text()) for file in (data / "cache").rglob("*vikhr_flan*.json")]
-    assert written["rates"] == sizes
+@pytest.mark.parametrize(("maximum", "temperature"), [(None, 1.0), (25, 1.0), (25, 2.0), (None, 4.0)])
+def test_rates_by_size_with_cap_and_temperature(data, vocabulary, maximum, temperature):
+    sizes = {"flan_translated_300k": 300, "flan_alexwortega": 150}
+    for task, count in sizes.items():
+        write(data, task, rows(task, count), "parquet")
+
+    def rate(task):
+        return seqio.mixing_rate_num_examples(task, maximum=maximum, temperature=temperature)
+
+    seqio.MixtureRegistry.add("flan_by_size", list(sizes), default_rate=rate)
+    try:
+        manifests = cache("flan_by_size", "tasks.flan", data / "cache")
+    finally:
+        seqio.MixtureRegistry.remove("flan_by_size")
+    counts = {task: splits["train"].num_examples for task, splits in manifests.items()}
+    assert counts["flan_translated_300k"] > 1.9 * counts["flan_alexwortega"]
+    expected = {task: min(count, maximum or count) ** (1 / temperature) for task, count in counts.items()}
+    config = DatasetConfig("flan_by_size", {"inputs": 64, "targets": 32}, "train", 8, cache_dir=str(data / "cache"))
+    found = open_dataset(config, vocabulary).example_rates
+    assert found == pytest.approx({task: rate / sum(expected.values()) for task, rate in expected.items()})
 
 
 def test_a_missing_set_says_what_is_missing_where_and_what_to_set(data):
@@ -172,7 +163,7 @@ def test_the_hub_is_asked_for_the_published_config(monkeypatch):
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs["split"]))
-        return datasets.Dataset.from_list(rows("flan_aya_qa", 20))
+        return datasets.Dataset.from_list(rows("flan_aya_qa", 40))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(pairs("flan_aya_qa", "train") + pairs("flan_aya_qa", "validation")) == 20
@@ -180,23 +171,24 @@ def test_the_hub_is_asked_for_the_published_config(monkeypatch):
 
 
 def test_a_wrong_field_name_is_answered_with_the_nearest(data):
-    write(data / DATASETS["flan_translated_300k"], rows("flan2021_submix_ru", 20), "parquet")
+    published.write(data / FLAN["flan_translated_300k"].folder, SUBMIX.table(["Сколько будет 2 + 2?"]), "parquet")
     with pytest.raises(UserError, match=r"has no column 'target': nearest: targets"):
         list(seqio.TaskRegistry.get("flan_translated_300k").source.examples("train"))
 
 
 def test_of_a_copied_repository_only_the_files_of_train_are_read(data):
-    made = rows("flan_translated_300k", 30)
-    folder = data / DATASETS["flan_translated_300k"] / "data [copy]"
-    write(folder, made[:20], "parquet")
-    pq.write_table(pa.Table.from_pylist(made[20:]), folder / "test-00000-of-00001.parquet")
+    made = FLAN["flan_translated_300k"].table([f"Сколько будет {n} + {n}?" for n in range(30)])
+    folder = data / FLAN["flan_translated_300k"].folder / "data [copy]"
+    published.write(folder, made.slice(20), "parquet")
+    (folder / "train-00000-of-00001.parquet").rename(folder / "test-00000-of-00001.parquet")
+    published.write(folder, made.slice(0, 20), "parquet")
     assert len(pairs("flan_translated_300k", "train") + pairs("flan_translated_300k", "validation")) == 20
 
 
 def test_a_row_with_null_is_named_by_file_and_number(data):
     made = rows("flan_translated_300k", 20)
     made[6]["target"] = None
-    write(data / DATASETS["flan_translated_300k"], made, "parquet")
+    write(data, "flan_translated_300k", made, "parquet")
     with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet, row 7: no 'target'"):
         list(seqio.TaskRegistry.get("flan_translated_300k").source.examples("train"))
 

@@ -1,12 +1,10 @@
 """Saiga's chats from local files of the published schemas, which the tests write; nothing is downloaded."""
 
 import json
-import os
 from pathlib import Path
 
-import datasets
+import published
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import seqio
 
@@ -22,21 +20,6 @@ EVOL, GPT4 = "IlyaGusev/ru_turbo_alpaca_evol_instruct", "lksy/ru_instruct_gpt4"
 COUNT = 24  # chats of two turns of the bot each
 
 
-@pytest.fixture(scope="module", autouse=True)
-def saiga():
-    """The vocabulary is taken when the tasks are imported; bytes suffice where no other test has set one."""
-    os.environ.setdefault("VIKHR_T5_VOCABULARY", "bytes")
-    import tasks.saiga
-
-    return tasks.saiga
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("VIKHR_T5_DATA_DIR", str(tmp_path))
-    return tmp_path
-
-
 def chat(number: int) -> list[dict[str, str]]:
     return [
         {"role": "user", "content": f"Сколько будет {number} + 1?"},
@@ -47,14 +30,7 @@ def chat(number: int) -> list[dict[str, str]]:
 
 
 def write(folder: Path, rows: list[dict[str, object]], form: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if form == "jsonl":
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / "chats.jsonl").write_text(lines, encoding="utf-8")
-    elif form == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
-    else:
-        datasets.Dataset.from_list(rows).save_to_disk(folder)
+    published.write(folder, pa.Table.from_pylist(rows), form)
 
 
 def pairs(task: str, *splits: str) -> list[tuple[str, str]]:

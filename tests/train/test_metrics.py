@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from vikhr_t5.devices import PEAK_TFLOPS
 from vikhr_t5.errors import UserError
-from vikhr_t5.train.metrics import Cost, MetricsLog, memory_gib, peak_flops, summarize_training
+from vikhr_t5.train.metrics import Cost, MetricsLog, memory_gib, peak_flops, summarize, summarize_training
 
 SUMS = {
     "loss": 60.0, "z_loss": 3.0, "correct": 10.0, "weight": 20.0, "grad_norm": 8.0, "learning_rate": 0.5,
@@ -32,6 +32,24 @@ def test_summary_by_hand():
         "tokens_per_second": 200.0, "target_tokens_per_second": 50.0, "step_seconds": 0.4, "steps_per_second": 2.5,
         "mfu": 0.25, "useful_inputs": 300 / (4 * 4 * 25), "useful_targets": 100 / (4 * 4 * 10),
     })  # fmt: skip
+
+
+def test_hundreds_of_sets_are_one_figure_in_a_line_of_training_and_each_its_own_in_an_evaluation():
+    names = ("text/R", *(f"flan/glue/{n}:1.0.0" for n in range(300)), "text/X")
+    rng = np.random.default_rng(0)
+    sums = SUMS | {f"source_{kind}": rng.integers(1, 9, 303).astype(float) for kind in ("loss", "correct", "weight")}
+    cost = Cost(batch_shape=(4, 25, 10), flops_per_step=1e9, flops_per_second=1e10)
+    training = summarize_training(sums, names, seconds=2.0, cost=cost)
+    assert {name for name in training if name.startswith("loss/")} == {"loss/text/R", "loss/text/X", "loss/flan"}
+    of_flan = slice(2, 302)
+    assert training["loss/flan"] == sums["source_loss"][of_flan].sum() / sums["source_weight"][of_flan].sum()
+    assert training["accuracy/flan"] == sums["source_correct"][of_flan].sum() / sums["source_weight"][of_flan].sum()
+    every = summarize(sums, names)
+    assert {name for name in every if name.startswith("loss/")} == {"loss/flan", *(f"loss/{name}" for name in names)}
+    assert every["loss/flan/glue/7:1.0.0"] == sums["source_loss"][9] / sums["source_weight"][9]
+    few = summarize(sums, names[:21])  # text/R, and twenty sets
+    assert "loss/flan" not in few
+    assert few["loss/flan/glue/19:1.0.0"] == sums["source_loss"][21] / sums["source_weight"][21]
 
 
 def test_peak_is_measured_where_the_table_has_none():

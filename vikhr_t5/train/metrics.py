@@ -31,17 +31,33 @@ T5X_NAMES = {
     "steps_per_second": "timing/steps_per_second",
     "target_tokens_per_second": "timing/target_tokens_per_second",
 }
+MOST_SOURCES = 20  # of a task, each with figures of its own in every line of the log
 
 
-def summarize(sums: Mapping[str, np.ndarray], source_names: Sequence[str]) -> dict[str, float]:
-    """The step's or an evaluation's sums (on the host) -> per-token means; of each source that had tokens, too."""
+def summarize(
+    sums: Mapping[str, np.ndarray], source_names: Sequence[str], every_source: bool = True
+) -> dict[str, float]:
+    """The step's or an evaluation's sums (on the host) -> per-token means; of each source that had tokens, too.
+
+    A task of more than `MOST_SOURCES` sources (FLAN's sets, by the hundred) has a mean of all of them; each alone is
+    left out unless `every_source`.
+    """
+    of_task: dict[str, list[int]] = {}
+    for i, source in enumerate(source_names, start=1):
+        of_task.setdefault(source.partition("/")[0], []).append(i)
+    groups = {task: ids for task, ids in of_task.items() if len(ids) > MOST_SOURCES}
+    groups |= {
+        source: [i]
+        for i, source in enumerate(source_names, start=1)
+        if every_source or source.partition("/")[0] not in groups
+    }
     weight = float(sums["weight"])
     means = {"loss": float(sums["loss"]), "accuracy": float(sums["correct"]), "z_loss": float(sums["z_loss"])}
     summary = {name: total / weight if weight else float("nan") for name, total in means.items()}
-    for i, source in enumerate(source_names, start=1):
-        if weight := float(sums["source_weight"][i]):
-            summary[f"loss/{source}"] = float(sums["source_loss"][i]) / weight
-            summary[f"accuracy/{source}"] = float(sums["source_correct"][i]) / weight
+    for name, ids in groups.items():
+        if weight := float(sums["source_weight"][ids].sum()):
+            summary[f"loss/{name}"] = float(sums["source_loss"][ids].sum()) / weight
+            summary[f"accuracy/{name}"] = float(sums["source_correct"][ids].sum()) / weight
     return summary
 
 
@@ -57,7 +73,7 @@ class Cost:
 def summarize_training(
     sums: Mapping[str, np.ndarray], source_names: Sequence[str], seconds: float, cost: Cost
 ) -> dict[str, float]:
-    """`summarize`, and the speed of the steps in `sums`, which took `seconds` of wall time.
+    """`summarize` without every source, and the speed of the steps in `sums`, which took `seconds` of wall time.
 
     tokens_per_second counts useful tokens of both sides; mfu is model FLOPs (no recomputation) against the peak.
     """
@@ -66,7 +82,7 @@ def summarize_training(
     rows, inputs_length, targets_length = cost.batch_shape
     inputs, targets = int(sums["inputs"]), int(sums["targets"])
     return {
-        **summarize(sums, source_names),
+        **summarize(sums, source_names, every_source=False),
         "learning_rate": float(sums["learning_rate"]),
         "grad_norm": float(sums["grad_norm"]) / good,
         "skipped_steps": int(sums["bad_steps"]),

@@ -1,0 +1,56 @@
+"""What the tests of the tasks share: the tasks, registered with one small vocabulary, and a folder of published sets.
+
+The tasks take their vocabulary from the environment when they are imported; the environment is as before afterwards.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from published import PAGES
+
+from vikhr_t5.data.vocabulary import Vocabulary, train_vocabulary
+
+MODULES = ("corpora", "demo", "flan", "mixtures", "saiga")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    """Of all tasks; only while they are imported it stands in the environment."""
+    assert not {f"tasks.{name}" for name in MODULES} & set(sys.modules), "another test has registered them"
+    trained = train_vocabulary(PAGES[:200], tmp_path_factory.mktemp("vocabulary") / "ru.model", size=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIKHR_T5_VOCABULARY", trained.sentencepiece_model_file)
+        patch.setenv("VIKHR_T5_EXTRA_IDS", str(trained.extra_ids))
+        for name in MODULES:
+            importlib.import_module(f"tasks.{name}")
+    return trained
+
+
+@pytest.fixture(scope="session")
+def corpora() -> ModuleType:
+    return sys.modules["tasks.corpora"]
+
+
+@pytest.fixture(scope="session")
+def demo() -> ModuleType:
+    return sys.modules["tasks.demo"]
+
+
+@pytest.fixture(scope="session")
+def flan() -> ModuleType:
+    return sys.modules["tasks.flan"]
+
+
+@pytest.fixture(scope="session")
+def saiga() -> ModuleType:
+    return sys.modules["tasks.saiga"]
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty VIKHR_T5_DATA_DIR."""
+    monkeypatch.setenv("VIKHR_T5_DATA_DIR", str(tmp_path))
+    return tmp_path
