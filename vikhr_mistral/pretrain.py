@@ -78,6 +78,8 @@ class PretrainConfig:
     tokens_dir: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.train.max_steps:
+            raise ValueError("train.max_steps is missing: how long to train")
         if not self.corpora:
             raise ValueError("corpora is empty: name at least one, with its files")
         if self.sequence_length < 2:

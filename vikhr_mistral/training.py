@@ -51,7 +51,7 @@ class TrainConfig:
     """How a model is trained; the settings under `train:` of a run's YAML.
 
     Attributes:
-        max_steps: optimizer steps of the run.
+        max_steps: optimizer steps of the run; 0: the command knows (`instruct`: its epochs).
         batch_size: rows of one optimizer step, over all processes and accumulated passes.
         per_device_batch_size: rows of one pass on one device; the accumulation follows.
         learning_rate: the peak; reached again after `warmup_steps` from 0 (re-warming, arXiv:2308.04014).
@@ -65,7 +65,7 @@ class TrainConfig:
         save_every: steps; 0: only where the run ends or is stopped by SIGTERM.
     """
 
-    max_steps: int
+    max_steps: int = 0
     batch_size: int = 32
     per_device_batch_size: int = 1
     learning_rate: float = 1e-4
@@ -93,10 +93,12 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "per_device_batch_size", "loss_chunk", "log_every", "keep_checkpoints"):
+        if self.max_steps < 0:
+            raise ValueError(f"max_steps is {self.max_steps}")
+        for name in ("batch_size", "per_device_batch_size", "loss_chunk", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, and at least 1 is needed")
-        if self.schedule == "wsd" and not 0 < self.decay_steps <= self.max_steps - self.warmup_steps:
+        if self.schedule == "wsd" and self.max_steps and not 0 < self.decay_steps <= self.max_steps - self.warmup_steps:
             raise ValueError(
                 f"schedule wsd needs decay_steps between 1 and max_steps - warmup_steps, not {self.decay_steps}"
             )
