@@ -14,6 +14,7 @@ from vikhr_t5.progress import human
 
 BARS = 32  # of a histogram
 COLORS = 10  # of page.css
+SEGMENT_COLORS = (0, 2, 6, 3, 7, 4)  # those of them that are easiest told from one another
 LONGEST = 200  # tokens, and five times as many characters, that are shown of a document
 
 
@@ -36,7 +37,7 @@ class _Page:
         yield f'<p class="soft">{escape(about)} · vikhr-t5 {__version__}</p>'
         tokens = sum(sum(task.manifest.num_tokens.values()) for task in preview.tasks)
         keys = [
-            (str(len(preview.tasks)), "tasks"),
+            (str(len(preview.tasks)), "task" + "s"[: len(preview.tasks) > 1]),
             (f"{sum(task.manifest.num_examples for task in preview.tasks):,}", "documents or examples"),
             (human(tokens), "tokens in the caches"),
             (f"{preview.useful[0]:.1%}", f"useful inputs (plan: {preview.planned[0]:.1%})"),
@@ -75,14 +76,14 @@ class _Page:
         for slot, task in enumerate(self.preview.tasks):
             longest = int(np.quantile(task.documents, 0.99)) if len(task.documents) else 1
             what = "document" if task.denoisers else "cached targets"
-            yield f"<h3>{escape(task.name)}</h3>"
-            yield f'<div class="lengths">{_histogram(what, task.documents, longest, slot)}</div>'
+            pairs = [f"<div>{_histogram(what, task.documents, longest)}</div>"]
             for source in task.denoisers or [task.whole]:
-                name = f"{source.name}, " if task.denoisers else ""
-                yield (
-                    f'<div class="lengths">{_histogram(f"{name}inputs", source.inputs, inputs, slot)}'
-                    f"{_histogram('targets', source.targets, targets, slot)}</div>"
+                name = f"{source.name} " if task.denoisers else ""
+                pairs.append(
+                    f"<div>{_histogram(f'{name}inputs', source.inputs, inputs)}"
+                    f"{_histogram(f'{name}targets', source.targets, targets)}</div>"
                 )
+            yield f'<h3>{escape(task.name)}</h3><div class="lengths" style="{_color(slot)}">{"".join(pairs)}</div>'
 
     def _journey(self, task: Task, journey: Journey) -> str:
         end = f'<span class="bad">left out: {escape(journey.dropped)}</span>' if journey.dropped else "kept"
@@ -115,7 +116,9 @@ class _Page:
             stages = "".join(f"<dt>{name}</dt><dd>{content}</dd>" for name, content in self._stages(segment))
             parts.append(f'<details{opened}><summary>{title}</summary><dl class="stages">{stages}</dl></details>')
         title = f'<h3>row {row.place} <span class="soft">{escape(row.task)}, {len(row.segments)} segments</span></h3>'
-        return f'<article class="sample">{title}{"".join(parts)}{self._row(row, "packed row")}</article>'
+        return (
+            f'<article class="sample">{title}{"".join(parts)}{self._row(row, "packed row", row.place == 0)}</article>'
+        )
 
     def _stages(self, segment: Segment) -> Iterator[tuple[str, str]]:
         decode = self.preview.vocabulary.decode
@@ -125,25 +128,26 @@ class _Page:
         yield f"inputs {len(segment.inputs)}", self._tokens(segment.inputs, len(segment.inputs))
         yield f"targets {len(segment.targets)}", self._tokens(segment.targets, len(segment.targets))
 
-    def _row(self, row: Row, title: str) -> str:
+    def _row(self, row: Row, title: str, opened: bool = False) -> str:
         """A bar for either side, and under it the tokens, each segment in its colour."""
         sides = []
         for side, length in zip(("inputs", "targets"), self.preview.lengths, strict=True):
             contents = [getattr(segment, side) for segment in row.segments]
             used = sum(map(len, contents))
             bar = "".join(
-                f'<span style="width:{len(ids) / length:.3%};{_color(number)}">{number + 1}</span>'
+                f'<span style="width:{len(ids) / length:.3%};{_segment_color(number)}">{number + 1}</span>'
                 for number, ids in enumerate(contents)
             )
             tokens = "".join(
-                f'<span class="segment" style="{_color(number)}">{self._pieces(ids)}</span> '
+                f'<span class="segment" style="{_segment_color(number)}">{self._pieces(ids)}</span> '
                 for number, ids in enumerate(contents)
             )
             sides.append(
                 f'<dt>{side}<br>{used} of {length} = {used / length:.1%}</dt><dd><div class="packed">{bar}</div>'
                 f'<div class="tokens">{tokens}</div></dd>'
             )
-        return f"<details><summary>{title}</summary><dl class='stages'>{''.join(sides)}</dl></details>"
+        start = f"<details{' open' if opened else ''}><summary>{title}</summary>"
+        return f'{start}<dl class="stages">{"".join(sides)}</dl></details>'
 
     def _tokens(self, ids: Sequence[int] | np.ndarray, longest: int = LONGEST) -> str:
         more = f'<span class="soft"> … {len(ids) - longest:,} more</span>' if len(ids) > longest else ""
@@ -197,7 +201,7 @@ def _rate(source: Source, slot: int, kind: str = "") -> str:
     return f'<tr class="{kind}"><td>{escape(source.name)}</td>{shares}{figures}</tr>'
 
 
-def _histogram(name: str, lengths: np.ndarray, longest: int, slot: int) -> str:
+def _histogram(name: str, lengths: np.ndarray, longest: int) -> str:
     """Bars from 0 to `longest`; all that are longer are in the last one."""
     counts, edges = np.histogram(np.minimum(lengths, longest), bins=BARS, range=(0, max(longest, 1)))
     tall = 48 * counts / max(counts.max(), 1)
@@ -209,11 +213,15 @@ def _histogram(name: str, lengths: np.ndarray, longest: int, slot: int) -> str:
     )
     middle = f"median {np.median(lengths):.0f}, longest {lengths.max():,}" if len(lengths) else "none"
     return (
-        f'<div style="{_color(slot)}"><svg viewBox="0 0 {10 * BARS} 52" preserveAspectRatio="none" role="img"'
+        f'<figure><svg viewBox="0 0 {10 * BARS} 52" preserveAspectRatio="none" role="img"'
         f' aria-label="{escape(name)}: {middle}">{bars}<line x1="0" x2="{10 * BARS}" y1="51" y2="51"/></svg>'
-        f'<p class="soft">{escape(name)}, 0 to {longest:,}: {middle}</p></div>'
+        f"<figcaption><b>{escape(name)}</b>, 0 to {longest:,}<br>{middle}</figcaption></figure>"
     )
 
 
 def _color(slot: int) -> str:
     return f"--c:var(--c{slot % COLORS})"
+
+
+def _segment_color(number: int) -> str:
+    return _color(SEGMENT_COLORS[number % len(SEGMENT_COLORS)])

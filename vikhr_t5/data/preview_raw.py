@@ -16,7 +16,7 @@ from vikhr_t5.data import drops
 from vikhr_t5.data.seqio_tasks import find_provider, import_tasks, seqio, tf
 from vikhr_t5.errors import UserError
 
-SEARCHED = 50  # documents of the source that are looked at
+SEARCHED = 100  # documents of the source that are looked at
 SHOWN = 3  # examples that one document has become, say the turns of a chat
 
 
@@ -37,7 +37,7 @@ def follow(
 
     Returns:
         task -> documents, each {"stages": [[step, examples, number of examples], …], "dropped": the reason, or null};
-        an example is {feature: text, or list of ids}.
+        an example is {feature: text, or list of ids}, without seqio's copies of the text.
     Raises:
         UserError: unknown module, task or mixture; bad data.
     """
@@ -82,7 +82,10 @@ def _followed(steps: list[tuple[str, tf.data.Dataset]]) -> dict[str, Any]:
     for name, dataset in steps:
         before = drops.counts()
         examples = list(dataset.as_numpy_iterator())
-        shown = [{feature: _plain(value) for feature, value in example.items()} for example in examples[:SHOWN]]
+        shown = [
+            {feature: _plain(value) for feature, value in example.items() if not feature.endswith("_pretokenized")}
+            for example in examples[:SHOWN]
+        ]
         stages.append([name, shown, len(examples)])
         if not examples:
             return {"stages": stages, "dropped": next(iter(drops.counts() - before), name)}

@@ -48,7 +48,7 @@ class _Painter:
         kind, piece = self.pieces(token)
         return Text(f"<{piece}>" if kind == "sentinel" else piece, STYLES.get(kind, style))
 
-    def tokens(self, ids: np.ndarray, style: str = "", head: int = 60, tail: int = 12) -> Text:
+    def tokens(self, ids: Sequence[int] | np.ndarray, style: str = "", head: int = 60, tail: int = 12) -> Text:
         """Pieces divided by bars; the middle of a long sequence is left out."""
         left_out = len(ids) - head - tail
         if left_out <= 0:
@@ -56,7 +56,7 @@ class _Painter:
         text = self._joined(ids[:head], style).append(f" … {left_out} more … ", FAINT)
         return text.append(self._joined(ids[-tail:], style))
 
-    def _joined(self, ids: np.ndarray, style: str) -> Text:
+    def _joined(self, ids: Sequence[int] | np.ndarray, style: str) -> Text:
         text = Text()
         for place, token in enumerate(np.asarray(ids).tolist()):
             text.append("|" if place else "", FAINT).append(self.token(token, style))
@@ -80,8 +80,8 @@ class _Painter:
                 stages.add_row("", Text(f"left out by {stage.name}: {journey.dropped}", "bold red"))
             if more := stage.num_examples - len(stage.examples):
                 stages.add_row("", Text(f"and {more} more examples", FAINT))
-        shown = [stages] if journey.row is None else [stages, self.row(journey.row)]
-        return Padding(Group(*shown), (0, 0, 1, 0))
+        row = [] if journey.row is None else [self.row(journey.row)]
+        return Padding(Group(stages, *row), (0, 0, 1, 0))
 
     def segment(self, number: int, segment: Segment) -> Padding:
         """One window or example at each stage."""
