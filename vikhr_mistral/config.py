@@ -43,6 +43,17 @@ def read_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     return build(cls, values, str(path))
 
 
+def to_yaml(config: Any) -> str:
+    """A dataclass as the YAML that `read_config` reads."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), allow_unicode=True, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def build(cls: type[T], values: dict[str, Any], where: str) -> T:
     """The dataclass from plain values, checked; `where` begins the message of an error."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]

@@ -6,7 +6,6 @@
 Started again with the same configuration it goes on from the newest checkpoint.
 """
 
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from vikhr_mistral import fingerprint
 from vikhr_mistral.anchoring import AnchorConfig
-from vikhr_mistral.config import read_config
+from vikhr_mistral.config import read_config, to_yaml
 from vikhr_mistral.corpus import TokenizedCorpus, tokenize, tokenizer_fingerprint
 from vikhr_mistral.models import Attention, Dtype, LoraConfig, Trainable, load_model, load_tokenizer, save
 from vikhr_mistral.packing import DocumentRows, MixedRows
@@ -190,10 +189,7 @@ def _eval_rows(corpus: TokenizedCorpus, length: int, most: int, seed: int) -> li
 
 def _describe(config: PretrainConfig, corpora: Sequence[TokenizedCorpus], model: Any) -> None:
     """config.yaml of the run folder, and a line for each corpus."""
-    import yaml
-
-    text = yaml.safe_dump(_plain(dataclasses.asdict(config)), allow_unicode=True, sort_keys=False)
-    write_text_atomic(Path(config.output_dir) / "config.yaml", text)
+    write_text_atomic(Path(config.output_dir) / "config.yaml", to_yaml(config))
     shares = [corpus.share for corpus in config.corpora.values()]
     total = config.train.max_steps * config.train.batch_size * config.sequence_length
     for (name, settings), corpus in zip(config.corpora.items(), corpora, strict=True):
@@ -209,9 +205,3 @@ def _describe(config: PretrainConfig, corpora: Sequence[TokenizedCorpus], model:
         sum(p.numel() for p in model.parameters()),
     )
     print(f"training {trained:,} of {everything:,} parameters ({config.trainable})", file=sys.stderr)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
