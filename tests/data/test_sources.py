@@ -140,8 +140,8 @@ def test_parquet(tmp_path):
         list(ParquetSource(pattern, ["text"]).examples("train"))
     with pytest.raises(UserError, match=r"a\.parquet has no column 'txt': nearest: text"):
         list(ParquetSource(pattern, ["txt"]).examples("train"))
-    with pytest.raises(UserError, match="column 'l' is list"):
-        list(ParquetSource(pattern, ["l"]).examples("train"))
+    lists = ParquetSource({"train": str(tmp_path / "a.parquet")}, ["l"])
+    assert texts(lists, field="l") == ["[1]"] * 10
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
     with pytest.raises(UserError, match=r"c\.parquet is not a whole Parquet file"):
         list(ParquetSource(pattern, ["text"], max_bad_lines=2).examples("train"))

@@ -298,7 +298,7 @@ class _TableSource(PieceSource):
     def _table_examples(self, table: pa.Table, where: str, first_row: int, bad: _BadLines) -> Iterator[Example]:
         columns = []
         for field in self.fields:
-            if _is_records(table[field].type):
+            if pa.types.is_nested(table[field].type):
                 columns.append([_json(value) for value in table[field].to_pylist()])
                 continue
             try:
@@ -312,17 +312,12 @@ class _TableSource(PieceSource):
                 yield dict(zip(self.fields, values, strict=True))
 
 
-def _is_records(kind: pa.DataType) -> bool:
-    """A struct or a list of structs, such as the messages of a chat."""
-    return pa.types.is_struct(kind) or (pa.types.is_list(kind) and pa.types.is_struct(kind.value_type))
-
-
 def _json(value: Any) -> bytes | None:
     return None if value is None else json.dumps(value, ensure_ascii=False).encode()
 
 
 class ParquetSource(_TableSource):
-    """Parquet files: `fields` are columns of text or numbers; structs, and lists of them, arrive as JSON."""
+    """Parquet files: `fields` are columns of text or numbers; structs and lists arrive as JSON."""
 
     def _pieces(self, split: str) -> Iterator[Piece]:
         for file in self.files(split):
@@ -356,7 +351,7 @@ class HuggingFaceSource(_TableSource):
     Args:
         path: name on the hub, or the folder.
         split_to_name: seqio's split -> the dataset's ("train[:1%]" works on the hub).
-        fields: columns of text or numbers; structs, and lists of them, arrive as JSON.
+        fields: columns of text or numbers; structs and lists arrive as JSON.
         belongs, max_bad_lines: as in `PieceSource`.
         config, revision: of the hub.
     """
@@ -378,10 +373,16 @@ class HuggingFaceSource(_TableSource):
         self._loaded: dict[str, Any] = {}
 
     def patterns(self, split: str) -> list[str]:
+        """Of the files that `save_to_disk` wrote; none for a dataset of the hub."""
+        folder = glob.escape(os.path.abspath(self._path))
+        if os.path.exists(os.path.join(self._path, "state.json")):
+            return [f"{folder}/data-*.arrow"]
+        if os.path.exists(os.path.join(self._path, "dataset_dict.json")):
+            return [f"{folder}/{self._names[split]}/data-*.arrow"]
         return []
 
     def files(self, split: str) -> list[str]:
-        return sorted(file["filename"] for file in self._dataset(split).cache_files)
+        return sorted(os.path.abspath(file["filename"]) for file in self._dataset(split).cache_files)
 
     def _dataset(self, split: str) -> Any:
         if split not in self._loaded:
