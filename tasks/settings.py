@@ -6,6 +6,8 @@ these variables from the gin macros; whoever imports the tasks elsewhere (real t
     VIKHR_T5_VOCABULARY   path of a SentencePiece model, or "bytes"   gin: VOCABULARY_FILE
     VIKHR_T5_EXTRA_IDS    number of sentinels                         gin: EXTRA_IDS (300; bytes: 0, as in ByT5)
     VIKHR_T5_DATA_DIR     folder of the corpora                       (none: published sets are read from the hub)
+
+    VIKHR_T5_MAX_BAD_LINES   malformed lines or rows of a published set that may be skipped   (0: the first one stops)
 """
 
 import glob
@@ -29,6 +31,7 @@ from vikhr_t5.data.sources import (
 from vikhr_t5.errors import UserError
 
 VOCABULARY, EXTRA_IDS, DATA_DIR = "VIKHR_T5_VOCABULARY", "VIKHR_T5_EXTRA_IDS", "VIKHR_T5_DATA_DIR"
+MAX_BAD_LINES = "VIKHR_T5_MAX_BAD_LINES"
 
 
 def vocabulary() -> seqio.SentencePieceVocabulary | seqio.ByteVocabulary:
@@ -61,7 +64,21 @@ def data_dir() -> Path:
     return Path(path)
 
 
-def source(name: str, fields: Sequence[str], belongs: Belongs | None = None, config: str | None = None) -> PieceSource:
+def max_bad_lines() -> int:
+    """Malformed lines of a split that may be skipped. UserError when VIKHR_T5_MAX_BAD_LINES is no number."""
+    limit = os.environ.get(MAX_BAD_LINES, "0")
+    if not limit.isdigit():
+        raise UserError(f"{MAX_BAD_LINES}={limit!r} is no number of lines")
+    return int(limit)
+
+
+def source(
+    name: str,
+    fields: Sequence[str],
+    belongs: Belongs | None = None,
+    config: str | None = None,
+    max_bad_lines: int | None = None,
+) -> PieceSource:
     """A set published on the hub, with the splits `train` and `validation`, of which `belongs` makes the difference.
 
     Without VIKHR_T5_DATA_DIR it is read from the hub, with it from the folder `VIKHR_T5_DATA_DIR/name[/config]`: what
@@ -70,17 +87,30 @@ def source(name: str, fields: Sequence[str], belongs: Belongs | None = None, con
 
         settings.source("d0rj/flan2021_submix_original-ru", ["inputs", "targets"], held_out("inputs", 0.01))
 
+    Args:
+        name, config: of the hub.
+        fields: columns.
+        belongs: as in `PieceSource`.
+        max_bad_lines: malformed lines, or rows with a null, that a split may have; None for VIKHR_T5_MAX_BAD_LINES.
     Raises:
         UserError: when it is read, and is not there.
     """
-    return Published(name, fields, belongs, config)
+    return Published(name, fields, belongs, config, max_bad_lines)
 
 
 class Published(PieceSource):
     """Hands every question to the source that holds the set where VIKHR_T5_DATA_DIR points now."""
 
-    def __init__(self, name: str, fields: Sequence[str], belongs: Belongs | None, config: str | None):
-        super().__init__({"train": (), "validation": ()}, fields, belongs)
+    def __init__(
+        self,
+        name: str,
+        fields: Sequence[str],
+        belongs: Belongs | None,
+        config: str | None,
+        bad_lines: int | None = None,
+    ):
+        limit = max_bad_lines() if bad_lines is None else bad_lines
+        super().__init__({"train": (), "validation": ()}, fields, belongs, limit)
         self.name, self.config = name, config
         self._found: dict[str | None, PieceSource] = {}
         self._counts: dict[tuple[str | None, str], int] = {}
@@ -111,11 +141,20 @@ class Published(PieceSource):
         )
 
     def _files(self, folder: Path, *endings: str) -> dict[str, list[str]]:
-        """Split -> the files of the published `train`, or all where none is named so; {} where there are none."""
-        found = sorted(file for file in folder.rglob("*") if file.name.endswith(endings))
-        train = [glob.escape(str(file)) for file in found if file.name.startswith("train")]
-        files = train or [glob.escape(str(file)) for file in found]
-        return {split: files for split in self.splits if files}
+        """Split -> globs of the published `train`, or of all files where none is named so; {} where there are none.
+
+        Globs, and not names: the cache of the files is stale when another one appears.
+        """
+        for name in ("train*", "*"):
+            globs = [f"{glob.escape(str(folder))}/**/{name}{ending}" for ending in endings]
+            if globs := [pattern for pattern in globs if glob.glob(pattern, recursive=True)]:
+                return dict.fromkeys(self.splits, globs)
+        return {}
+
+    def folders(self) -> dict[str, str]:
+        """The environment variable that says where the set lies, and what it says: for the cache's manifest."""
+        place = os.environ.get(DATA_DIR)
+        return {DATA_DIR: os.path.abspath(place) if place else ""}
 
     def patterns(self, split: str) -> list[str]:
         return self._source().patterns(split)

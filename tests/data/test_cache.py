@@ -1,8 +1,10 @@
 """Caching: the same tokens as seqio's own pipeline, the same files however the work is shared, and every refusal."""
 
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +147,68 @@ def test_changed_data_are_cached_again(module, data):
         handle.write("\n\nещё одна страница\n\nи ещё\n")
     assert cache(task, name, "cache")[task]["train"].num_examples == before + 2
     assert open_cached("cache", task, "train")
+
+
+def test_names_of_tasks_are_kept(module):
+    """The feature `task_name`, through both roads: texts that are tokenized here, and lists of ids."""
+    name = module("""
+def name(pair): return {**pair, "task_name": tf.strings.join(["flan/", tf.strings.substr(pair["inputs"], 0, 2)])}
+named = lambda dataset: dataset.map(name)
+add(NAME + "_texts", source=pairs, preprocessors=[to_both, named, tokenize, append_eos])
+add(NAME + "_ids", source=pairs, preprocessors=[to_both, named, tokenize, placeholder, append_eos_after_trim])
+add(NAME + "_none", source=pairs, preprocessors=[to_both, tokenize, append_eos])
+add(NAME + "_bad", source=pairs, preprocessors=[to_both, lambda d: d.map(lambda e: {**e, "task_name": 1}), tokenize])
+""")
+    for kind in ("texts", "ids", "none"):
+        cache(f"{name}_{kind}", name, "cache")
+    texts, ids, none = (store_of(f"{name}_{kind}") for kind in ("texts", "ids", "none"))
+    initials = [e["ru"][:2].decode() for e in seqio.TaskRegistry.get(f"{name}_texts").source.examples("train")]
+    for store in (texts, ids):
+        places, names = store.names
+        assert names == tuple(sorted({f"flan/{initial}" for initial in initials}))
+        assert [names[place] for place in places] == [f"flan/{initial}" for initial in initials]
+        assert places.dtype == np.int32
+        assert store.lengths("inputs").tolist() == none.lengths("inputs").tolist()
+    assert none.names is None
+    assert digests(f"{name}_texts") != digests(f"{name}_none")
+    with pytest.raises(UserError, match="task_name is int32 of rank 0, no string"):
+        cache(f"{name}_bad", name, "cache")
+
+
+def test_what_is_left_out_is_counted(module, data, capfd):
+    name = module(
+        """
+from tasks.cleaning import clean, length_within, nfc, at_least
+short = functools.partial(length_within, min_chars=1500, max_chars=10_000)
+def no_help(text): return None if "справк" in text.lower() else text
+add(NAME + "_x", source=text, preprocessors=[clean(nfc, no_help, short), to_targets, tokenize, placeholder, Later()])
+lengths = lambda dataset: dataset.map(lambda e: {**e, "n": tf.strings.as_string(tf.strings.length(e["ru"]))})
+add(NAME + "_y", source=pairs, preprocessors=[lengths, at_least("n", 50), to_both, tokenize, append_eos])
+""",
+        piece_bytes=40_000,
+    )
+    texts = (data / "pages.txt").read_text("utf-8").split("\n\n")
+    without = [text for text in texts if "справк" not in text.lower()]
+    kept = [text for text in without if 1500 <= len(text) <= 10_000]
+    manifests = cache(f"{name}_x", name, "cache")[f"{name}_x"].values()
+    assert sum(m.num_read for m in manifests) == len(texts) == 120
+    assert sum(m.num_examples for m in manifests) == len(kept) > 0
+    dropped = sum((Counter(m.dropped) for m in manifests), Counter())
+    assert dropped == {"no_help": len(texts) - len(without), "length_within": len(without) - len(kept)}
+    train = store_of(f"{name}_x").manifest
+    assert len(train.shards) > 3
+    totals = json.loads((store_of(f"{name}_x").directory / "manifest.json").read_text("utf-8"))["totals"]
+    assert (totals["read"], totals["examples"], totals["dropped"]) == (
+        train.num_read,
+        len(store_of(f"{name}_x")),
+        train.dropped,
+    )
+    line = f"{train.num_read} read; {train.num_examples} examples; "
+    said = capfd.readouterr().err
+    assert line in said
+    assert f"dropped: {train.dropped['length_within']} length_within, {train.dropped['no_help']} no_help" in said
+    manifest = cache(f"{name}_y", name, "cache")[f"{name}_y"]["train"]
+    assert manifest.dropped == {"at_least_n": 300 - manifest.num_examples}
 
 
 def test_rates_may_depend_on_sizes(module):

@@ -103,6 +103,38 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert a.fingerprint == same.fingerprint != cut_otherwise.fingerprint
 
 
+def test_a_store_of_an_earlier_version_opens(tmp_path):
+    """One without names of tasks, counts and deduplication."""
+    store = write_store(tmp_path, [[[[1, 2], [3]]]])
+    path = tmp_path / "manifest.json"
+    record = json.loads(path.read_text())
+    record.pop("dedup")
+    record["provenance"].pop("folders")
+    record["totals"] = {"examples": 2}
+    for shard in record["shards"]:
+        assert shard.pop("num_read") == 0
+        assert shard.pop("dropped") == {}
+    path.write_text(json.dumps(record))
+    assert TokenStore(tmp_path).manifest == store.manifest
+    assert TokenStore(tmp_path).names is None
+
+
+def test_names_are_part_of_the_content(tmp_path):
+    one = np.ones(3, np.int32), np.ones(3, np.int64)
+    digests = []
+    for number, names in enumerate((["b", "a", "b"], ["a", "b", "b"])):
+        with ShardWriter(tmp_path / f"{number}.arrow", ("targets",), named=True) as writer:
+            writer.write({"targets": one}, names)
+        digests.append(writer.shard(0).digest)
+        assert pa.ipc.open_file(tmp_path / f"{number}.arrow").read_all().column("task_name").to_pylist() == names
+    assert digests[0] != digests[1]
+    with (
+        pytest.raises(ValueError, match="different numbers"),
+        ShardWriter(tmp_path / "s", ("targets",), named=True) as writer,
+    ):
+        writer.write({"targets": one}, ["a"])
+
+
 def test_a_failed_shard_leaves_nothing(tmp_path):
     one = np.ones(1, np.int32), np.ones(1, np.int64)
 

@@ -8,6 +8,7 @@ data must be there under the same paths, and the same vikhr-t5 and task modules 
 import os
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from vikhr_t5.data.cache_workers import Job
 from vikhr_t5.errors import UserError, nearest
@@ -66,7 +67,7 @@ class _Write(beam.DoFn):
 
         import_tasks(self.module)
 
-    def process(self, job: Job) -> None:
+    def process(self, job: Any) -> None:  # a Job; Beam takes annotations for its own type hints
         if job.note.exists():  # Beam runs a bundle again where it has lost its result
             return
         tokens = beam.metrics.Metrics.counter("vikhr_t5", "tokens")

@@ -16,7 +16,6 @@ document in memory, whichever the method.
 N documents, P permutations.
 """
 
-import functools
 import re
 import unicodedata
 import zlib
@@ -132,13 +131,12 @@ class MinHash:
     width = NUM_PERM
     _odd = np.random.default_rng(1).integers(1 << 31, size=SHINGLE_WORDS, dtype=np.uint32) * 2 + 1
 
-    @functools.cached_property
-    def _empty(self) -> Any:
+    def __init__(self) -> None:
         try:
             import datasketch
         except ImportError as error:
             raise UserError("--dedup minhash needs datasketch: pip install 'vikhr-t5[dedup]'") from error
-        return datasketch.MinHash(NUM_PERM, seed=1, hashfunc=int, scheme="affine32")
+        self._empty = datasketch.MinHash(NUM_PERM, seed=1, hashfunc=int, scheme="affine32")
 
     def sign(self, text: bytes) -> np.ndarray:
         """uint32 [P]: the least value of each permutation over the text's shingles."""
@@ -182,11 +180,11 @@ def shingles(words: Sequence[str]) -> np.ndarray:
     return (runs * MinHash._odd[:size]).sum(axis=1, dtype=np.uint32)
 
 
-METHODS: dict[str, Method] = {"exact": Exact(), "minhash": MinHash()}
+METHODS: dict[str, type[Method]] = {"exact": Exact, "minhash": MinHash}
 
 
 def method(name: str) -> Method:
-    """UserError for a name that is not in METHODS."""
+    """UserError for a name that is not in METHODS, and where datasketch is missing."""
     if name not in METHODS:
         raise UserError(f"--dedup {name}: {nearest(name, METHODS)}, or none")
-    return METHODS[name]
+    return METHODS[name]()
