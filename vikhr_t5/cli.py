@@ -64,6 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     _data_flags(cache)
     cache.add_argument("--splits", metavar="A,B", help="default: all")
     cache.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
+    cache.add_argument(
+        "--dedup",
+        choices=["exact", "minhash", "none"],
+        help="drop duplicate documents of a task (default: as it is cached already, else none)",
+    )
+    cache.add_argument("--max_bad_lines", type=int, metavar="N", help="of published sets: skip so many (default: 0)")
+    cache.add_argument("--beam_runner", metavar="R", help="through Apache Beam: FlinkRunner, SparkRunner, …")
+    cache.add_argument("--beam_options", default="", metavar="O", help="its pipeline options, in one argument")
 
     preview = add_command(
         commands,
@@ -102,6 +110,37 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="compare with transformers, or array by array (default: yes; of a large model, some layers)",
     )
+
+    translate = add_command(
+        commands,
+        "translate",
+        _translate,
+        "translate a set of instructions with a Hugging Face model",
+        "vikhr-t5 translate --input flan.jsonl --output flan_ru.jsonl --model facebook/nllb-200-distilled-600M "
+        "--source_lang eng_Latn --target_lang rus_Cyrl",
+        "Languages as the model names them: NLLB eng_Latn and rus_Cyrl, MADLAD ru, Marian (opus-mt) rus or none.\n"
+        "Stopped or killed, it goes on where it was. Rejected rows: OUTPUT.rejected.jsonl. See docs/translation.md.",
+    )
+    translate.add_argument("--input", metavar="F,G", help="JSON lines or Parquet, folders of them, or a hub's dataset")
+    translate.add_argument("--mixture", metavar="NAME", help="a seqio task or mixture, in place of files")
+    translate.add_argument("--module", default="tasks.demo", metavar="M", help="what registers it")
+    translate.add_argument("--split", default="train", help="of it (default train)")
+    translate.add_argument("--fields", default="inputs,targets", metavar="A,B", help="names of the two texts of a row")
+    translate.add_argument("--output", required=True, metavar="F", help="the JSON lines to write")
+    translate.add_argument("--model", required=True, metavar="M", help="a local folder, or a name on the hub")
+    translate.add_argument("--source_lang", metavar="L", help="NLLB: eng_Latn")
+    translate.add_argument("--target_lang", metavar="L", help="rus_Cyrl, ru, rus")
+    translate.add_argument("--script", metavar="S", help="of the target (default: as in rus_Cyrl, or Cyrl)")
+    translate.add_argument(
+        "--ignore", default="", metavar="A,B", help="reasons that reject nothing: numbers, script, …"
+    )
+    translate.add_argument("--num_beams", type=int, default=1, metavar="N", help="default 1: greedy")
+    translate.add_argument("--batch_tokens", type=int, default=4096, metavar="N", help="of a batch (default 4096)")
+    translate.add_argument(
+        "--max_tokens", type=int, default=200, metavar="N", help="of a sentence; a longer one is divided"
+    )
+    translate.add_argument("--device", metavar="D", help="default: cuda where there is one")
+    translate.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
 
     report = add_command(
         commands,
@@ -303,6 +342,10 @@ def _cache(flags: argparse.Namespace) -> None:
         num_workers=flags.num_workers,
         vocabulary_file=vocabulary_file,
         extra_ids=flags.extra_ids,
+        dedup_method=flags.dedup,
+        max_bad_lines=flags.max_bad_lines,
+        beam_runner=flags.beam_runner,
+        beam_options=flags.beam_options,
     )
 
 
@@ -363,6 +406,47 @@ def _convert(flags: argparse.Namespace) -> int:
         print("transformers is not installed (pip install 'vikhr-t5[hf]'): arrays are compared, nothing is computed")
     same = convert.verify(model, flags.source, formats[0], flags.destination, formats[1], with_transformers)
     return 0 if same else 1
+
+
+def _translate(flags: argparse.Namespace) -> None:
+    from vikhr_t5 import translate
+    from vikhr_t5.data import records, task_texts
+
+    if bool(flags.input) == bool(flags.mixture):
+        raise UserError("translate: give --input FILES, or --mixture TASK, and not both")
+    if len(fields := flags.fields.split(",")) != 2:
+        raise UserError(f"--fields {flags.fields}: two names, of a row's inputs and of its targets")
+    source = {"input": flags.input} if flags.input else {"mixture": flags.mixture, "split": flags.split}
+
+    def rows() -> Iterator[translate.Row]:
+        if flags.input:
+            yield from records.read_rows([name for name in flags.input.split(",") if name])
+            return
+        for place, one in enumerate(task_texts.read_task(flags.mixture, flags.module, flags.split)):
+            yield f"{one.task}[{place}]", {**one.others, "task": one.task, **one.texts}
+
+    from vikhr_t5.translation_models import TranslationModel
+
+    translator = TranslationModel(
+        flags.model,
+        flags.source_lang,
+        flags.target_lang,
+        batch_tokens=flags.batch_tokens,
+        max_tokens=flags.max_tokens,
+        num_beams=flags.num_beams,
+        device=flags.device,
+        dtype=flags.dtype,
+    )
+    report = translate.translate(
+        rows,
+        flags.output,
+        translator,
+        {**source, **translator.settings},
+        fields=(fields[0], fields[1]),
+        script=flags.script or (flags.target_lang or "").partition("_")[2] or "Cyrl",
+        ignore=[reason for reason in flags.ignore.split(",") if reason],
+    )
+    print(f"{report}\nwritten: {flags.output}")
 
 
 def _report(flags: argparse.Namespace) -> None:

@@ -128,8 +128,10 @@ def _method(asked: str | None, folder: Path) -> str | None:
 
 
 def _is_needed(plan: Plan, cache_dir: Path) -> bool:
-    reason = plan.reason(cache_dir)
-    if reason:
+    reason, place = plan.reason(cache_dir), plan.folder(cache_dir)
+    if reason is None:
+        print(f"{place} is there: {summary(TokenStore(place).manifest)}", file=sys.stderr, flush=True)
+    elif reason:
         print(f"{plan.name} is cached again: {reason}", file=sys.stderr, flush=True)
     return reason is not None
 
