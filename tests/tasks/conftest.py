@@ -13,7 +13,7 @@ from published import PAGES
 
 from vikhr_t5.data.vocabulary import Vocabulary, train_vocabulary
 
-MODULES = ("corpora", "demo", "flan", "mixtures", "saiga")
+MODULES = ("corpora", "demo", "flan", "mixtures", "saiga", "templates")
 
 
 @pytest.fixture(scope="session", autouse=True)
