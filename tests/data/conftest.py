@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,23 @@ def pairs_task(text_task: Examples) -> Examples:
 def write_task(tmp_path: Path, small_vocabulary: Vocabulary) -> Callable[..., Path]:
     """Writes one split of a task into `tmp_path`/cache, in two shards; gives the split's folder."""
 
-    def write(name: str, examples: Examples, mixture: str | None = None, split: str = "train") -> Path:
+    def write(
+        name: str,
+        examples: Examples,
+        mixture: str | None = None,
+        split: str = "train",
+        names: Sequence[str] | None = None,  # the set of each example
+    ) -> Path:
         folder = tmp_path / "cache" / "tasks" / name / split
         folder.mkdir(parents=True)
         shards = []
         for number in range(2):
             part = {feature: values[number::2] for feature, values in examples.items()}
-            with ShardWriter(folder / f"shard-{number:05d}-of-00002.arrow", tuple(examples)) as writer:
+            file, named = folder / f"shard-{number:05d}-of-00002.arrow", names is not None
+            with ShardWriter(file, tuple(examples), named=named) as writer:
                 none = [np.zeros(0, np.int32)]
-                writer.write({f: (np.concatenate(v or none), np.array([len(x) for x in v])) for f, v in part.items()})
+                columns = {f: (np.concatenate(v or none), np.array([len(x) for x in v])) for f, v in part.items()}
+                writer.write(columns, names[number::2] if names is not None else None)
             shards.append(writer.shard(0))
         v = small_vocabulary
         features = {feature: Feature(True, v.fingerprint(), v.size, v.extra_ids) for feature in examples}

@@ -16,7 +16,7 @@ from vikhr_t5 import cli
 from vikhr_t5.data import preview_html, preview_terminal, seqio_process
 from vikhr_t5.data.cache import cache
 from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
-from vikhr_t5.data.preview import Preview, gather
+from vikhr_t5.data.preview import SHOWN_PARTS, Preview, gather
 from vikhr_t5.data.preview_raw import follow
 from vikhr_t5.data.preview_terminal import STYLES
 from vikhr_t5.data.vocabulary import Vocabulary
@@ -91,12 +91,14 @@ def test_what_is_gathered_is_what_the_rows_hold(
     text, pairs = seen.tasks
     assert sorted(text.documents) == sorted(len(tokens) for tokens in text_task["targets"])
     assert [len(source.inputs) for source in (text.whole, pairs.whole)] == [
-        sum(len(denoiser.inputs) for denoiser in text.denoisers),
+        sum(len(denoiser.inputs) for denoiser in text.parts),
         len(pairs.whole.targets),
     ]
-    for source in (text.whole, pairs.whole, *text.denoisers):
+    for source in (text.whole, pairs.whole, *text.parts):
         assert source.measured == pytest.approx(source.nominal, rel=0.03)
-    assert not pairs.denoisers
+    assert text.denoised
+    assert not pairs.denoised
+    assert not pairs.parts
     assert "no module" in seen.note
     for useful, planned in zip(seen.useful, seen.planned, strict=True):
         assert useful == pytest.approx(planned, abs=0.01)
@@ -158,7 +160,7 @@ def test_the_page_shows_every_token_of_the_rows(page: _Page, seen: Preview) -> N
 def test_the_page_shows_shares_lengths_and_fill(page: _Page, seen: Preview) -> None:
     for said in ("text", "pairs", "R-3-15", "useful inputs", f"{seen.useful[0]:.1%}", "median", "packed row"):
         assert said in page.text
-    sources = len(seen.tasks[0].denoisers) + 1
+    sources = len(seen.tasks[0].parts) + 1
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == len(seen.tasks) + 2 * sources
     bars = [attributes for tag, attributes in page.tags if tag == "rect"]
     assert all(float(bar["height"] or "") > 0 for bar in bars)
@@ -235,3 +237,27 @@ def test_documents_are_followed_from_their_source(
     answer = [*small_vocabulary.encode(pairs[0]["a"]), small_vocabulary.eos_id]
     found = [start for start in range(len(titles)) if titles[start : start + len(answer)] == answer]
     assert len(found) >= 2
+
+
+def test_sets_that_examples_name_are_parts_of_their_task(
+    write_task: Callable[..., Path], pairs_task: dict, small_vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    """As in translated FLAN, whose examples bring the name of their set; only the largest are shown one by one."""
+    sizes = [n + 1 for n in range(len(pairs_task["inputs"]))]
+    sizes = sizes[: int(np.searchsorted(np.cumsum(sizes), len(pairs_task["inputs"])))]
+    names = [f"set_{n:02d}" for n, size in enumerate(sizes) for _ in range(size)]
+    write_task("named", {side: values[: len(names)] for side, values in pairs_task.items()}, names=names)
+    config = DatasetConfig("named", {"inputs": 128, "targets": 60}, "train", 4, cache_dir=str(tmp_path / "cache"))
+    seen = gather(config, small_vocabulary, 1)
+    (task,) = seen.tasks
+    assert [part.name for part in task.parts] == [f"set_{n:02d}" for n in reversed(range(len(sizes)))]
+    np.testing.assert_allclose([part.nominal for part in task.parts], np.array(sizes[::-1]) / sum(sizes))
+    for part in task.parts:
+        assert part.measured == pytest.approx(part.nominal, rel=0.15)
+    console = Console(width=100, record=True, file=io.StringIO())
+    preview_terminal.show(seen, console)
+    preview_html.write(seen, tmp_path / "preview.html")
+    for text in (console.export_text(), _Page(tmp_path / "preview.html").text):
+        assert f"and {len(sizes) - SHOWN_PARTS} smaller" in text
+        assert names[-1] in text
+        assert names[0] not in text

@@ -7,8 +7,7 @@ from the source to the row that it stands in. Then rows of the training sequence
 import dataclasses
 import importlib.util
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,17 @@ from vikhr_t5.data.store import TokenStore
 from vikhr_t5.data.vocabulary import AnyVocabulary
 
 SAMPLE = 2048  # rows that shares and lengths are measured on
+SHOWN_PARTS = 20  # of a task: translated FLAN has hundreds of sets
 SEARCHED = 64  # examples of a store among which a document's tokens are looked for
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A task, or one of its denoisers, on the measured rows.
+    """A task, or a part of it (a denoiser, or one of the sets that its examples name), on the measured rows.
 
     Attributes:
-        name: of the task or denoiser.
-        nominal, measured: its share; of a task in all examples, of a denoiser in its task's input tokens.
+        name: of the task or part.
+        nominal, measured: its share; see `Preview.legend`.
         text, inputs, targets: int [K] tokens of its windows or examples; an example's `text` is 0.
     """
 
@@ -74,10 +74,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task: all of it, its denoisers (none of a supervised task), and documents on their way."""
+    """One task: all of it, its parts with the greatest first, and documents on their way. `denoised`: its parts are
+    denoisers."""
 
     whole: Source
-    denoisers: list[Source]
+    parts: list[Source]
+    denoised: bool
     manifest: Manifest
     documents: np.ndarray  # int [N] tokens of each document, or of each example's targets, in the store
     journeys: list[Journey]
@@ -111,7 +113,11 @@ class Preview:
 
     @property
     def legend(self) -> str:
-        return "Share of a task: of examples; of a denoiser: of its task's input tokens. Mean lengths in tokens."
+        """What the shares are."""
+        return (
+            "Share of a task: of all examples; of a denoiser: of its task's input tokens; of a set: of its task's"
+            " examples. Mean lengths in tokens."
+        )
 
 
 def gather(config: DatasetConfig, vocabulary: AnyVocabulary, n: int) -> Preview:
@@ -127,8 +133,7 @@ def gather(config: DatasetConfig, vocabulary: AnyVocabulary, n: int) -> Preview:
     dataset = open_dataset(dataclasses.replace(config, num_workers=0), vocabulary)
     rows = [Row(*_row(dataset, place)) for place in range(n)]
     followed, note = _follow(config, vocabulary)
-    measured = _measure(dataset)
-    tasks = [_task(dataset, name, measured, followed.get(name, [])) for name in dataset.tasks]
+    tasks = list(_tasks(dataset, followed))
     totals = [sum(int(getattr(task.whole, side).sum()) for task in tasks) for side in ("inputs", "targets")]
     useful = totals[0] / (SAMPLE * dataset.lengths[0]), totals[1] / (SAMPLE * dataset.lengths[1])
     natural = dataset.natural_targets_length
@@ -140,37 +145,48 @@ def _row(dataset: Dataset, place: int) -> tuple[str, int, Sequence[Segment]]:
     return task, place, segments
 
 
-def _measure(dataset: Dataset) -> dict[tuple[str, str | None], np.ndarray]:
-    """(task, denoiser) -> int [K, 3]: text, inputs, targets of its segments in the first rows."""
-    found: dict[tuple[str, str | None], list[tuple[int, int, int]]] = defaultdict(list)
+def _measure(dataset: Dataset) -> list[np.ndarray]:
+    """For each of `dataset.source_names` int [K, 3]: text, inputs, targets of its segments in the first rows."""
+    found: list[list[tuple[int, int, int]]] = [[] for _ in dataset.source_names]
     for place in range(SAMPLE):
-        task, segments = dataset.segments(place)
-        for segment in segments:
-            name = None if segment.denoiser is None else segment.denoiser.name
+        for segment in dataset.segments(place)[1]:
             text = 0 if segment.text is None else len(segment.text)
-            found[task, name].append((text, len(segment.inputs), len(segment.targets)))
-    return {source: np.array(lengths) for source, lengths in found.items()}
+            found[segment.source - 1].append((text, len(segment.inputs), len(segment.targets)))
+    return [np.array(lengths, int).reshape(-1, 3) for lengths in found]
 
 
-def _task(
-    dataset: Dataset, name: str, measured: dict[tuple[str, str | None], np.ndarray], followed: list[dict[str, Any]]
-) -> Task:
-    rows = dataset.tasks[name]
-    nothing = np.zeros((0, 3), int)
-    whole = np.concatenate([nothing, *(lengths for (task, _), lengths in measured.items() if task == name)])
-    examples = sum(len(lengths) for lengths in measured.values())
-    denoisers = []
-    for denoiser in rows.plan.denoisers if isinstance(rows, WindowRows) else ():
-        lengths = measured.get((name, denoiser.name), nothing)
-        share = lengths[:, 1].sum() / max(whole[:, 1].sum(), 1)
-        denoisers.append(Source(denoiser.name, denoiser.weight, float(share), *lengths.T))
-    return Task(
-        Source(name, dataset.example_rates[name], len(whole) / examples, *whole.T),
-        denoisers,
-        rows.store.manifest,
-        rows.store.lengths("targets"),
-        [_journey(name, rows, document) for document in followed],
-    )
+def _tasks(dataset: Dataset, followed: dict[str, list[dict[str, Any]]]) -> Iterator[Task]:
+    measured = _measure(dataset)
+    examples = sum(map(len, measured))
+    for name, rows in dataset.tasks.items():
+        mine, measured = measured[: len(rows.sources)], measured[len(rows.sources) :]
+        whole = np.concatenate(mine)
+        denoised = isinstance(rows, WindowRows)
+        parts = []
+        if rows.sources != (name,):
+            shares = [lengths[:, 1].sum() if denoised else len(lengths) for lengths in mine]
+            names = [source.removeprefix(f"{name}/") for source in rows.sources]
+            for part, nominal, share, lengths in zip(names, _nominal(rows), shares, mine, strict=True):
+                parts.append(Source(part, nominal, float(share / max(sum(shares), 1)), *lengths.T))
+        if not denoised:
+            parts.sort(key=lambda part: -part.nominal)
+        yield Task(
+            Source(name, dataset.example_rates[name], len(whole) / examples, *whole.T),
+            parts,
+            denoised,
+            rows.store.manifest,
+            rows.store.lengths("targets"),
+            [_journey(name, rows, document) for document in followed.get(name, [])],
+        )
+
+
+def _nominal(rows: Rows) -> list[float]:
+    """The share of each of `rows.sources`."""
+    if isinstance(rows, WindowRows):
+        return [denoiser.weight for denoiser in rows.plan.denoisers]
+    assert rows.store.names is not None
+    ids, names = rows.store.names
+    return (np.bincount(ids, minlength=len(names)) / len(ids)).tolist()
 
 
 # ---- documents on their way ------------------------------------------------------------------------------------------

@@ -7,7 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from vikhr_t5 import __version__
-from vikhr_t5.data.preview import SAMPLE, Journey, Pieces, Preview, Row, Source, Stage, Task, cut, segment_title
+from vikhr_t5.data.preview import (
+    SAMPLE,
+    SHOWN_PARTS,
+    Journey,
+    Pieces,
+    Preview,
+    Row,
+    Source,
+    Stage,
+    Task,
+    cut,
+    segment_title,
+)
 from vikhr_t5.data.rows import Segment
 from vikhr_t5.page import escape, write_page
 from vikhr_t5.progress import human
@@ -67,7 +79,9 @@ class _Page:
         rows = []
         for slot, task in enumerate(self.preview.tasks):
             rows.append(_rate(task.whole, slot))
-            rows += [_rate(denoiser, slot, "part") for denoiser in task.denoisers]
+            rows += [_rate(part, slot, "part") for part in task.parts[:SHOWN_PARTS]]
+            if more := len(task.parts[SHOWN_PARTS:]):
+                rows.append(f'<tr class="part"><td>and {more} smaller</td></tr>')
         yield f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
     def _lengths(self) -> Iterator[str]:
@@ -75,10 +89,10 @@ class _Page:
         yield '<h2>Lengths</h2><p class="soft">In tokens; the last bar has all that are longer.</p>'
         for slot, task in enumerate(self.preview.tasks):
             longest = int(np.quantile(task.documents, 0.99)) if len(task.documents) else 1
-            what = "document" if task.denoisers else "cached targets"
+            what = "document" if task.denoised else "cached targets"
             pairs = [f"<div>{_histogram(what, task.documents, longest)}</div>"]
-            for source in task.denoisers or [task.whole]:
-                name = f"{source.name} " if task.denoisers else ""
+            for source in task.parts[:SHOWN_PARTS] or [task.whole]:
+                name = f"{source.name} " if task.parts else ""
                 pairs.append(
                     f"<div>{_histogram(f'{name}inputs', source.inputs, inputs)}"
                     f"{_histogram(f'{name}targets', source.targets, targets)}</div>"

@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vikhr_t5.data.preview import SAMPLE, Journey, Pieces, Preview, Row, Source, Task, cut, segment_title
+from vikhr_t5.data.preview import SAMPLE, SHOWN_PARTS, Journey, Pieces, Preview, Row, Source, Task, cut, segment_title
 from vikhr_t5.data.rows import Segment
 
 SEGMENT_STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red")
@@ -138,8 +138,10 @@ def _sources(preview: Preview) -> Group:
         table.add_column(heading, justify="right")
     for task in preview.tasks:
         table.add_row(*_cells(task.whole), style="bold")
-        for denoiser in task.denoisers:
-            table.add_row(*_cells(denoiser, "  "))
+        for part in task.parts[:SHOWN_PARTS]:
+            table.add_row(*_cells(part, "  "))
+        if more := len(task.parts[SHOWN_PARTS:]):
+            table.add_row(f"  and {more} smaller", style=FAINT)
     notes = [Text(preview.legend, FAINT)]
     for side, length, useful, planned in zip(
         ("inputs", "targets"), preview.lengths, preview.useful, preview.planned, strict=True
