@@ -37,6 +37,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """A fast tokenizer from a model folder. UserError where there is none."""
     from transformers import AutoTokenizer
 
+    if not Path(folder).is_dir():  # transformers would look for it on the hub
+        raise UserError(f"{folder}: no such folder; give one of a model with its tokenizer")
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=True)
     except Exception as error:  # transformers has no common class for it
