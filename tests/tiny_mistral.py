@@ -1,5 +1,6 @@
 """A Mistral of a few thousand weights with a tokenizer of its own, for tests: folders that transformers reads."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,20 @@ def tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
         vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def extended(base: PreTrainedTokenizerFast, texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """`base` with pieces that `texts` give, after its own: later merges, higher ids."""
+    old = json.loads(base.backend_tokenizer.to_str())
+    new = json.loads(tokenizer(texts, size).backend_tokenizer.to_str())["model"]
+    vocab, merges = old["model"]["vocab"], old["model"]["merges"]
+    known = {tuple(pair) for pair in merges}
+    for left, right in new["merges"]:
+        if (left, right) not in known and left in vocab and right in vocab:
+            merges.append([left, right])
+            vocab.setdefault(left + right, len(vocab))
+    backend = Tokenizer.from_str(json.dumps(old))
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 

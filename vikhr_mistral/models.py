@@ -134,7 +134,8 @@ def save(model: Any, tokenizer: Any, base: str, output: Path, state: Any) -> Non
     """
     from torch.distributed.checkpoint import state_dict as dcp_state
 
-    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    adapters = hasattr(model, "peft_config")
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters)
     weights = dcp_state.get_model_state_dict(model, options=options)  # of all processes, on the first
     if state.is_main_process:
         with atomic_path(output) as folder:
@@ -143,7 +144,7 @@ def save(model: Any, tokenizer: Any, base: str, output: Path, state: Any) -> Non
             tokenizer.save_pretrained(folder)
             if (Path(base) / "tokenizer.model").exists():
                 shutil.copy(Path(base) / "tokenizer.model", folder)
-            if hasattr(model, "peft_config"):
+            if adapters:
                 fingerprint.write(folder, base)
         print(f"{output} is written", file=sys.stderr)
     state.wait_for_everyone()

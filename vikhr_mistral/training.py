@@ -12,6 +12,7 @@ Run folder: metrics.jsonl, run.json (what must stay the same when it goes on), c
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -105,6 +106,18 @@ class TrainConfig:
         if self.cpu_offload and not self.fsdp:
             raise ValueError("cpu_offload is a part of fsdp: set fsdp, too")
 
+    def learning_rate_at(self, step: int) -> float:
+        """Of step 0, 1, …, as a share of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        begins = self.max_steps - self.decay_steps if self.schedule == "wsd" else self.warmup_steps
+        done = min(max(step - begins, 0) / max(self.max_steps - begins, 1), 1.0)
+        if self.schedule == "constant":
+            done = 0.0
+        if self.schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return 1 - (1 - self.min_learning_rate) * done
+
     def accumulation(self, world_size: int) -> int:
         """Passes of each process in one step. UserError where batch_size does not divide."""
         steps, rest = divmod(self.batch_size, self.per_device_batch_size * world_size)
@@ -117,16 +130,6 @@ class TrainConfig:
 
     def arguments(self, output_dir: Path, evaluates: bool) -> TrainingArguments:
         """As transformers wants it; starts the process group where the launcher asks for several processes."""
-        schedules: dict[str, tuple[str, dict[str, Any]]] = {
-            "cosine": ("cosine_with_min_lr", {"min_lr_rate": self.min_learning_rate}),
-            "linear": ("polynomial", {"lr_end": self.min_learning_rate * self.learning_rate, "power": 1.0}),
-            "constant": ("constant_with_warmup", {}),
-            "wsd": (
-                "warmup_stable_decay",
-                {"num_decay_steps": self.decay_steps, "min_lr_ratio": self.min_learning_rate, "decay_type": "linear"},
-            ),
-        }
-        name, options = schedules[self.schedule]
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         sharded = self.fsdp and world_size > 1
         sharding = {"cpu_offload": self.cpu_offload, "activation_checkpointing": self.gradient_checkpointing}
@@ -140,9 +143,6 @@ class TrainConfig:
             per_device_eval_batch_size=self.per_device_batch_size,
             gradient_accumulation_steps=self.accumulation(world_size),
             learning_rate=self.learning_rate,
-            lr_scheduler_type=name,
-            lr_scheduler_kwargs=options,
-            warmup_steps=self.warmup_steps,
             optim=fused[self.optimizer],
             weight_decay=self.weight_decay,
             adam_beta1=self.adam_beta1,
@@ -326,6 +326,12 @@ class AnchoredTrainer(Trainer):
             self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Our schedule; transformers' begin and end at other places from one to the next."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self._torch_optimizer, self.config.learning_rate_at)
+        return self.lr_scheduler
 
     # ---- loss --------------------------------------------------------------------------------------------------------
 
