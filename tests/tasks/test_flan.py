@@ -189,7 +189,7 @@ def test_a_row_with_null_is_named_by_file_and_number(data):
     made = rows("flan_translated_300k", 20)
     made[6]["target"] = None
     write(data, "flan_translated_300k", made, "parquet")
-    with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet, row 7: no 'target'"):
+    with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet, row 7: 'target' is null"):
         list(seqio.TaskRegistry.get("flan_translated_300k").source.examples("train"))
 
 

@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from reassemble import reassemble
 from vikhr_t5.data.cache import cache
 from vikhr_t5.data.denoisers import Codes, mixture
 from vikhr_t5.data.pipeline import Dataset, DatasetConfig, open_dataset
-from vikhr_t5.data.store import TokenStore, task_directory
+from vikhr_t5.data.store import TokenStore, mixture_file, task_directory
 from vikhr_t5.data.vocabulary import Vocabulary
 
 MODULE = "tasks.mixtures,tasks.saiga"
@@ -186,3 +189,62 @@ def test_the_hub_gives_what_local_files_give(texts, task, tmp_path, monkeypatch)
 def plain(example: dict[str, bytes]) -> list[str]:
     """Records arrive as JSON, whose numbers and order may differ by the way they were stored."""
     return [value.decode() for value in example.values()]
+
+
+# ---- mixtures --------------------------------------------------------------------------------------------------------
+
+EXAMPLES = 100_000
+
+
+@pytest.fixture(scope="module")
+def at_published_sizes(cached: Path) -> Iterator[Path]:
+    """The mixtures' definitions with the rates that they have where every set is as large as its cap; and a mixture
+    with a text long enough for its denoisers' shares (those of a few pages come as they come)."""
+    seqio.MixtureRegistry.add("half_denoised", [("flan_translated_300k", 1.0), ("demo_ul2", 1.0)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIKHR_T5_DATA_DIR", str(cached.parent))
+        cache("half_denoised", "tasks.mixtures,tasks.demo", cached)
+    for name in ("vikhr_flan", "vikhr_flan_ul2"):
+        mixture = seqio.MixtureRegistry.get(name)
+        for task in mixture.tasks:
+            task.num_input_examples = lambda split: 10**6
+        rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
+        record = json.loads(mixture_file(cached, "vikhr_flan_ul2").read_text())
+        splits = {task: record["splits"][task] for task in rates}
+        mixture_file(cached, name).write_text(json.dumps({**record, "name": name, "rates": rates, "splits": splits}))
+    yield cached
+    seqio.MixtureRegistry.remove("half_denoised")
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("vikhr_flan", (64, 24)), ("vikhr_flan_ul2", (144, 72)), ("half_denoised", (144, 72))]
+)
+def test_the_batches_have_the_rates_of_the_mixture(at_published_sizes, vocabulary, name, lengths):
+    """Within 1% of each task's nominal share of the examples, on 100,000 of them; and of each denoiser's share of the
+    input tokens of its task."""
+    lengths = dict(zip(("inputs", "targets"), lengths, strict=True))
+    config = DatasetConfig(name, lengths, "train", batch_size=512, cache_dir=str(at_published_sizes))
+    dataset = open_dataset(config, vocabulary)
+    examples = np.zeros(len(dataset.source_names) + 1, np.int64)
+    tokens = np.zeros_like(examples)
+    batches = dataset.batches()
+    while examples.sum() < EXAMPLES:
+        batch = next(batches)
+        first = (batch["decoder_positions"] == 0) & (batch["decoder_loss_weights"] == 1)
+        examples += np.bincount(batch["decoder_source_ids"][first], minlength=len(examples))
+        rows, places = np.nonzero(first)
+        source_of = np.zeros((512, batch["decoder_segment_ids"].max() + 1), np.int32)
+        source_of[rows, batch["decoder_segment_ids"][rows, places]] = batch["decoder_source_ids"][rows, places]
+        sources = np.take_along_axis(source_of, batch["encoder_segment_ids"], axis=1)
+        tokens += np.bincount(sources.ravel(), minlength=len(tokens))
+    batches.close()
+    by_task: Counter[str] = Counter()
+    for source, count in zip(dataset.source_names, examples[1:], strict=True):
+        by_task[source.partition("/")[0]] += int(count)
+    measured = {task: count / by_task.total() for task, count in by_task.items()}
+    assert measured == pytest.approx(dataset.example_rates, rel=0.01)
+    assert min(measured.values()) > 0.005  # nothing is too rare to be measured
+    if name == "half_denoised":
+        of_text = [i for i, source in enumerate(dataset.source_names, 1) if source.startswith("demo_ul2/")]
+        shares = tokens[of_text] / tokens[of_text].sum()
+        assert shares == pytest.approx([denoiser.weight for denoiser in mixture("ul2")], rel=0.01)
