@@ -176,10 +176,7 @@ class Published(PieceSource):
             if os.environ.get(DATA_DIR):
                 raise
             place = f"{self.name}/{self.config}" if self.config else self.name
-            raise UserError(
-                f"{error}; it is read from the hub: log in or mend the network, or put its files into a folder"
-                f" DIR/{place} and set {DATA_DIR}=DIR"
-            ) from error
+            raise UserError(f"{error}; or put its files into a folder DIR/{place} and set {DATA_DIR}=DIR") from error
 
     def num_input_examples(self, split: str) -> int:
         """Counted in one pass, for rates by size in plain seqio (vikhr-t5 asks its token store instead)."""

@@ -109,7 +109,7 @@ def test_bad_lines_are_counted_and_skipped_up_to_a_limit(bad_text, capsys):
     ("line", "words"),
     [
         (b'{"inputs": "a", "target": "b"}', "no 'targets' (nearest: target"),
-        (b'{"inputs": "a", "targets": null}', "no 'targets'"),
+        (b'{"inputs": "a", "targets": null}', "line 3: 'targets' is null"),
         (b'{"inputs": "a", ', "not a JSON line: "),
         (b'["a", "b"]', "a list instead of an object"),
         (b'{"inputs": "\xff", "targets": "b"}', "not UTF-8 (byte 0xff at position 12)"),
@@ -136,7 +136,7 @@ def test_parquet(tmp_path):
     assert rows == [*((n, f"т{n}") for n in range(10)), (7, "ё")]
     assert source.skipped_lines == 2
     assert len(source.list_shards("train")) == 5
-    with pytest.raises(UserError, match=r"b\.parquet, row 2: no 'text'"):
+    with pytest.raises(UserError, match=r"b\.parquet, row 2: 'text' is null"):
         list(ParquetSource(pattern, ["text"]).examples("train"))
     with pytest.raises(UserError, match=r"a\.parquet has no column 'txt': nearest: text"):
         list(ParquetSource(pattern, ["txt"]).examples("train"))

@@ -4,8 +4,9 @@ A source is cut into pieces (byte ranges of text, row groups, ranges of rows) wh
 processes read a corpus together, even where it is one file, and every example belongs to exactly one piece. Examples
 are dicts of byte strings (`tf.string` scalars in the dataset); numbers arrive as their text.
 
-A malformed line is reported by file and line number. `max_bad_lines` of them are skipped, in each pass over the data,
-before a UserError stops it; with the default of 0 the first one does.
+A malformed line is reported by file and line number: what is not UTF-8 or JSON, lacks a field or has a null there, or is
+longer than `LONGEST_LINE`, of which no more is read into memory. `max_bad_lines` of them are skipped, in each pass over
+the data, before a UserError stops it; with the default of 0 the first one does.
 """
 
 import abc
@@ -31,6 +32,7 @@ from vikhr_t5.data.hashing import text_hash
 from vikhr_t5.errors import UserError, nearest
 
 PIECE_BYTES = 32 << 20
+LONGEST_LINE = 16 << 20  # bytes of a line, and of a document of plain text
 PIECE_ROWS = 10_000  # of a Hugging Face dataset
 BATCH = 256  # examples handed to TensorFlow in one call
 
@@ -199,8 +201,9 @@ def _open(file: str) -> Any:
     )
 
 
-def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) from the first line that starts in the piece to the end of the file; the caller stops.
+def _lines(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line) from the first line that starts in the piece to the end of the file; the caller stops. A line
+    longer than `LONGEST_LINE` is None.
 
     Raises UserError for a file that cannot be read, e.g. a truncated .gz.
     """
@@ -209,18 +212,37 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
             offset = piece.start
             if offset:  # the line which the piece begins in belongs to the piece before
                 handle.seek(offset - 1)
-                offset += len(handle.readline()) - 1
-            for line in handle:
-                yield offset, line if offset else line.removeprefix(codecs.BOM_UTF8)
-                offset += len(line)
+                offset += _line(handle)[0] - 1
+            while True:
+                length, line = _line(handle)
+                if not length:
+                    return
+                yield offset, line if offset or line is None else line.removeprefix(codecs.BOM_UTF8)
+                offset += length
     except OSError as error:
         raise UserError(f"{piece.file} cannot be read to its end: {error.strerror or error}") from error
+
+
+def _line(handle: Any) -> tuple[int, bytes | None]:
+    """The next line and its length in bytes; None for one that is too long."""
+    line = handle.readline(LONGEST_LINE + 1)
+    if len(line) <= LONGEST_LINE:
+        return len(line), line
+    length = len(line)
+    while line and not line.endswith(b"\n"):
+        line = handle.readline(1 << 20)
+        length += len(line)
+    return length, None
 
 
 def _where(file: str, offset: int) -> str:
     """The line at an offset, in words. Lines are counted only when one is bad: pieces start anywhere."""
     before = sum(1 for _ in itertools.takewhile(lambda line: line[0] < offset, _lines(Piece(file, 0, offset))))
     return f"{file}, line {before + 1}"
+
+
+def _too_long(what: str) -> str:
+    return f"a {what} of more than {LONGEST_LINE >> 20} MiB"
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -243,22 +265,30 @@ class TextSource(_LineSource):
 
     def _read(self, split: str, piece: Piece, bad: _BadLines) -> Iterator[Example]:
         document: list[bytes] = []
+        length = 0
         mine = piece.start == 0
         for offset, line in _lines(piece):
-            if not line.strip():
-                if document:
+            if line is not None and not line.strip():
+                if document and length <= LONGEST_LINE:
                     yield {"text": b"\n".join(document)}
-                    document = []
                 if offset >= piece.stop:
                     return
-                mine = True
-            elif mine:
+                document, length, mine = [], 0, True
+            elif mine and line is None:
+                bad.add(_where(piece.file, offset), _too_long("line"))
+            elif mine and line is not None and length <= LONGEST_LINE:
                 try:
                     line.decode()
-                    document.append(line.rstrip(b"\r\n"))
                 except UnicodeDecodeError as error:
                     bad.add(_where(piece.file, offset), _not_utf8(error))
-        if document:
+                    continue
+                length += len(line)
+                document.append(line.rstrip(b"\r\n"))
+                if length > LONGEST_LINE:
+                    document.clear()
+                    where = _where(piece.file, offset)
+                    bad.add(where, f"{_too_long('document')} ends here: separate documents by blank lines")
+        if document and length <= LONGEST_LINE:
             yield {"text": b"\n".join(document)}
 
 
@@ -269,20 +299,32 @@ class JsonLinesSource(_LineSource):
         for offset, line in _lines(piece):
             if offset >= piece.stop:
                 return
+            if line is None:
+                bad.add(_where(piece.file, offset), _too_long("line"))
+                continue
             if not line.strip():
                 continue
             try:
-                yield self._example(json.loads(line.decode()))
+                record = json.loads(line.decode())
             except UnicodeDecodeError as error:
                 bad.add(_where(piece.file, offset), _not_utf8(error))
-            except ValueError as error:
+                continue
+            except (ValueError, RecursionError) as error:
                 bad.add(_where(piece.file, offset), f"not a JSON line: {error}")
+                continue
+            try:
+                yield self._example(record)
+            except ValueError as error:
+                bad.add(_where(piece.file, offset), str(error))
 
     def _example(self, record: Any) -> Example:
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__} instead of an object")
-        if missing := [field for field in self.fields if record.get(field) is None]:
-            raise ValueError(f"no {missing[0]!r} ({nearest(missing[0], record)})")
+        for field in self.fields:
+            if field not in record:
+                raise ValueError(f"no {field!r} ({nearest(field, record)})")
+            if record[field] is None:
+                raise ValueError(f"{field!r} is null")
         values = {field: record[field] for field in self.fields}
         return {k: (v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)).encode() for k, v in values.items()}
 
@@ -307,7 +349,7 @@ class _TableSource(PieceSource):
                 raise UserError(f"{where}: column {field!r} is {table[field].type}, neither text nor number") from None
         for row, values in enumerate(zip(*columns, strict=True), start=first_row):
             if None in values:
-                bad.add(f"{where}, row {row}", f"no {self.fields[values.index(None)]!r}")
+                bad.add(f"{where}, row {row}", f"{self.fields[values.index(None)]!r} is null")
             else:
                 yield dict(zip(self.fields, values, strict=True))
 
@@ -394,12 +436,19 @@ class HuggingFaceSource(_TableSource):
             import datasets
         except ImportError as error:
             raise UserError(f"{self._path} is a Hugging Face dataset: pip install 'vikhr-t5[hub]'") from error
+        on_disk = any((Path(self._path) / file).exists() for file in ("dataset_dict.json", "state.json"))
         try:
-            if not any((Path(self._path) / file).exists() for file in ("dataset_dict.json", "state.json")):
+            if not on_disk:
                 return datasets.load_dataset(self._path, self._config, split=name, revision=self._revision)
             loaded = datasets.load_from_disk(self._path)
         except Exception as error:  # the hub's, the network's and pyarrow's, of many kinds
-            raise UserError(f"dataset {self._path}, split {name}: {str(error).splitlines()[0]}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if not on_disk:
+                reason += (
+                    "; it is read from the hub: mend the network or log in (`hf auth login`), or read a copy, a folder"
+                    " that `save_to_disk` wrote"
+                )
+            raise UserError(f"dataset {self._path}, split {name}: {reason}") from error
         if not isinstance(loaded, datasets.DatasetDict):
             return loaded
         if name not in loaded:
