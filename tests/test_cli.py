@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import vikhr_mistral.cli
 from vikhr_t5 import cli, packages
 from vikhr_t5.errors import UserError
 
@@ -21,6 +20,7 @@ COMMANDS = [
     ["preview"],
     ["convert"],
     ["report"],
+    ["translate"],
     ["vocab", "train"],
     ["vocab", "chart"],
 ]
@@ -107,15 +107,6 @@ def test_exit_statuses(error, status, line, capfd, monkeypatch):
     if status != 130:
         assert cli.main(["report", "run", "--debug"]) == status
         assert "Traceback" in capfd.readouterr().err
-
-
-def test_mistral_says_when(capsys):
-    assert vikhr_mistral.cli.main([]) == 2
-    assert vikhr_mistral.cli.main(["pretrain", "--config=x"]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
-    with pytest.raises(SystemExit) as caught:
-        vikhr_mistral.cli.main(["--help"])
-    assert caught.value.code == 0
 
 
 def test_a_foreign_package_of_our_name_is_refused(tmp_path):

@@ -1,1 +1,1 @@
-"""Mistral-7B for Russian: vocabulary, continued pre-training, instructions. Arrives in a later version."""
+"""Mistral-7B for Russian: vocabulary, continued pre-training, chats; the PyTorch sibling of vikhr_t5."""

@@ -92,10 +92,11 @@ def load_model(
         model.get_input_embeddings().requires_grad_(True)
         model.get_output_embeddings().requires_grad_(True)
         return model
-    return _with_peft(folder, model, trainable, lora or LoraConfig(), new_rows_from)
+    return add_adapters(folder, model, trainable, lora or LoraConfig(), new_rows_from)
 
 
-def _with_peft(folder: str, model: Any, trainable: Trainable, lora: LoraConfig, new_rows_from: int) -> Any:
+def add_adapters(folder: str, model: Any, trainable: Trainable, lora: LoraConfig, new_rows_from: int) -> Any:
+    """A PEFT model around a model; arguments as in `load_model`. UserError where a module or row is not there."""
     import peft
 
     new_rows = list(range(new_rows_from, model.config.vocab_size))
