@@ -18,6 +18,7 @@ COMMANDS = [
     ["infer"],
     ["cache"],
     ["preview"],
+    ["decontaminate"],
     ["convert"],
     ["report"],
     ["translate"],

@@ -39,6 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vikhr_t5/infer.py": ("vikhr_t5.inference", "vikhr_t5.train", "vikhr_t5.data"),
     "vikhr_t5/t5x_dialect.py": (),
     "vikhr_t5/report.py": (),
+    "vikhr_t5/translate.py": ("vikhr_t5.translation_text",),
     "vikhr_t5/dry_run.py": ("vikhr_t5.train", "vikhr_t5.model", "vikhr_t5.data"),
     "vikhr_t5/cli.py": (
         "vikhr_t5.command_line",
@@ -49,6 +50,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "vikhr_t5.launch",
         "vikhr_t5.report",
         "vikhr_t5.train",
+        "vikhr_t5.translate",
+        "vikhr_t5.translation_models",
         "conversion",
     ),
     "vikhr_t5": (),
@@ -79,7 +82,7 @@ RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
         "vikhr_t5/data/cache_beam.py",
         "vikhr_t5/eval.py",
     ),
-    TORCH: ("vikhr_mistral", "conversion/verify.py", "conversion/weights.py"),
+    TORCH: ("vikhr_mistral", "conversion/verify.py", "conversion/weights.py", "vikhr_t5/translation_models.py"),
     ("gin",): ("vikhr_t5/launch.py", "vikhr_t5/t5x_dialect.py"),
 }
 FILES = sorted(

@@ -88,6 +88,29 @@ def build_parser() -> argparse.ArgumentParser:
     preview.add_argument("--denoisers", metavar="NAME", help="another mixture of denoisers: ul2, ul2r, fred, …")
     preview.add_argument("--html", metavar="F", help="write a page instead: one file, for a browser or a phone")
 
+    decontaminate = add_command(
+        commands,
+        "decontaminate",
+        _decontaminate,
+        "report training examples that hold what a model is evaluated on",
+        "vikhr-t5 decontaminate --mixture vikhr_flan --module tasks.flan --against xwinograd_ru,xnli_ru,ru_mmlu "
+        "--data_dir evaluation --output contamination.html",
+    )
+    decontaminate.add_argument("--mixture", required=True, metavar="NAME", help="a seqio task or mixture")
+    decontaminate.add_argument("--module", default="tasks.demo", metavar="M", help="what registers it")
+    decontaminate.add_argument("--against", required=True, metavar="A,B", help="xwinograd_ru, xnli_ru, ru_mmlu")
+    decontaminate.add_argument("--data_dir", metavar="D", help="the sets' folder: D/NAME.jsonl, … (default: the hub)")
+    decontaminate.add_argument("--output", metavar="F", help="the report: .json or .html")
+    decontaminate.add_argument("--split", default="train", help="default: train")
+    decontaminate.add_argument("--ngram", type=int, default=13, metavar="N", help="words (default 13, as in GPT-3)")
+    decontaminate.add_argument(
+        "--min_share",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="of an item's n-grams (PaLM: --ngram 8 --min_share 0.7)",
+    )
+
     convert = add_command(
         commands,
         "convert",
@@ -370,6 +393,25 @@ def _preview(flags: argparse.Namespace) -> None:
         print(f"written: {flags.html}")
     else:
         preview_terminal.show(seen, Console())
+
+
+def _decontaminate(flags: argparse.Namespace) -> None:
+    from vikhr_t5.data import decontamination
+
+    if flags.output:
+        decontamination.check_output(flags.output)
+    report = decontamination.check(
+        flags.mixture,
+        flags.module,
+        against=flags.against.split(","),
+        data_dir=flags.data_dir,
+        split=flags.split,
+        ngram=flags.ngram,
+        min_share=flags.min_share,
+    )
+    print("\n".join(report.lines()))
+    if flags.output:
+        decontamination.write(report, flags.output)
 
 
 def _given_vocabulary(flags: argparse.Namespace) -> str:

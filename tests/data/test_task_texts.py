@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -112,3 +113,24 @@ def test_an_error_in_the_other_process_is_raised_here(monkeypatch: pytest.Monkey
     (tmp_path / "other_process.py").write_text("print('one')\nraise SystemExit(3)")
     with pytest.raises(RuntimeError, match="exit status 3"):
         list(seqio_process.lines("other_process", {}))
+
+
+def test_a_translated_task(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    class Upper:
+        settings: ClassVar[dict[str, str]] = {"model": "upper"}
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def fits(self, text: str) -> bool:
+            return True
+
+        def translate(self, texts: list[str]) -> list[tuple[str, bool]]:
+            return [(text.upper(), True) for text in texts]
+
+    monkeypatch.setattr("vikhr_t5.translation_models.TranslationModel", Upper)
+    arguments = ["translate", "--mixture", "answers", "--module", "own_texts", "--model=x", "--output=ru.jsonl"]
+    assert cli.main(arguments) == 0
+    rows = [json.loads(line) for line in Path("ru.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[7] == {"origin": "книга", "task": "answers", "inputs": "ВОПРОС 7", "targets": "ОТВЕТ\n7"}
+    assert len(rows) == 600

@@ -78,7 +78,7 @@ def _kind(name: str) -> str | None:
 def _open_text(file: str) -> Iterator[TextIO]:
     if file.endswith(".gz"):
         with gzip.open(file, "rt", encoding="utf-8") as handle:
-            yield handle  # type: ignore[misc]
+            yield handle
     elif file.endswith(".zst"):
         try:
             import zstandard

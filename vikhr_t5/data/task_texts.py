@@ -45,7 +45,7 @@ def read_task(mixture_or_task: str, module: str, split: str = "train") -> Iterat
 
 def _examples(mixture_or_task: str, module: str, split: str) -> Iterator[TaskExample]:
     os.environ["VIKHR_T5_VOCABULARY"] = "bytes"
-    from vikhr_t5.data.seqio_tasks import find_provider, import_tasks, seqio, tf
+    from vikhr_t5.data.seqio_tasks import apply_step, find_provider, import_tasks, seqio, tf
 
     import_tasks(module)
     provider = find_provider(mixture_or_task, module)
@@ -61,8 +61,7 @@ def _examples(mixture_or_task: str, module: str, split: str) -> Iterator[TaskExa
                 if bare in (seqio.preprocessors.tokenize, seqio.preprocessors.tokenize_and_append_eos):
                     break
                 if not isinstance(step, seqio.CacheDatasetPlaceholder) and not hasattr(step, "post_cache_transform"):
-                    add = seqio.utils.add_kwargs_to_transform
-                    dataset = add(step, sequence_length=None, output_features=task.output_features)(dataset)
+                    dataset = apply_step(task, step, dataset)
         spec = dataset.element_spec
         names = [name for name in spec if spec[name].dtype == tf.string and spec[name].shape.rank == 0]
         outputs = [name for name in task.output_features if name in spec]
