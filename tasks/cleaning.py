@@ -10,7 +10,9 @@ arguments are bound with functools.partial:
 
 import codecs
 import functools
+import heapq
 import json
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -21,6 +23,7 @@ import seqio
 import tensorflow as tf
 
 from vikhr_t5.data.drops import drop
+from vikhr_t5.data.sources import PieceSource
 
 BATCH = 64  # documents handed to Python in one call
 
@@ -89,15 +92,49 @@ def at_least(field: str, minimum: float, key: str | None = None) -> Preprocessor
     """
 
     def at_least(value: bytes) -> str | None:
-        try:
-            number = json.loads(value)
-        except ValueError:
-            number = None
-        if key is not None:
-            number = number.get(key) if isinstance(number, dict) else None
-        return None if isinstance(number, int | float) and number >= minimum else f"at_least_{key or field}"
+        number = _number(value, key)
+        return None if number is not None and number >= minimum else f"at_least_{key or field}"
 
     return leave_out(at_least, field)
+
+
+def highest(count: int, source: PieceSource, field: str, key: str | None = None) -> Preprocessor:
+    """A seqio preprocessor that keeps the examples with the `count` highest numbers, and those equal to the last.
+
+    Args:
+        count: of the whole set, whatever its shards and splits.
+        source: of the set, with no other fields than `field`: it is read once in each process that caches.
+        field, key: as in `at_least`. What goes is counted as `highest_FIELD`, or `highest_KEY`.
+    """
+
+    @functools.cache
+    def least(shards: tuple[str, ...]) -> float:
+        """Of the numbers that are kept. Asked with the shards, which tell one data folder from another."""
+        numbers = (_number(example[field], key) for example in source.examples("train"))
+        kept = heapq.nlargest(count, (number for number in numbers if number is not None))
+        return kept[-1] if len(kept) == count else -math.inf
+
+    def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        minimum = functools.cache(lambda: least(tuple(source.list_shards("train"))))
+
+        def highest(value: bytes) -> str | None:
+            number = _number(value, key)
+            return None if number is not None and number >= minimum() else f"highest_{key or field}"
+
+        return leave_out(highest, field)(dataset)
+
+    preprocess.__name__ = "highest"
+    return preprocess
+
+
+def _number(value: bytes, key: str | None) -> float | None:
+    try:
+        number = json.loads(value)
+    except ValueError:
+        return None
+    if key is not None:
+        number = number.get(key) if isinstance(number, dict) else None
+    return number if isinstance(number, int | float) and math.isfinite(number) else None
 
 
 def _masked(examples: dict[str, tf.Tensor], kept: tf.Tensor) -> dict[str, tf.Tensor]:

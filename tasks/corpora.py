@@ -1,6 +1,6 @@
 """Pre-training tasks on Russian corpora, cleaned and corrupted with UL2's denoisers.
 
-    habr_ul2           IlyaGusev/habr        articles of a score of 10 and more, markdown made plain
+    habr_ul2           IlyaGusev/habr        the 100,000 articles of the highest score, made plain
     ru_wikipedia_ul2   wikimedia/wikipedia   20231101.ru
     rulm_ul2           IlyaGusev/rulm
     darulm_ul2         dichspace/darulm
@@ -20,14 +20,14 @@ from typing import Any
 import seqio
 
 from tasks import cleaning, settings
-from tasks.cleaning import Preprocessor, Step, at_least, clean
+from tasks.cleaning import Preprocessor, Step, clean, highest
 from tasks.preprocessors import Denoise
 from vikhr_t5.data.denoisers import Denoiser
 from vikhr_t5.data.sources import HuggingFaceSource, PieceSource, held_out
 from vikhr_t5.errors import UserError
 
 HELD_OUT = 0.005
-HABR_SCORE = 10
+HABR, HABR_ARTICLES = "IlyaGusev/habr", 100_000
 
 CHARACTERS: tuple[Step, ...] = (cleaning.mend_encoding, cleaning.nfc, cleaning.strip_controls)
 DOCUMENT: tuple[Step, ...] = (cleaning.squeeze, cleaning.enough_letters, cleaning.length_within)
@@ -94,9 +94,9 @@ def add_corpus(
 
 add_corpus(
     "habr_ul2",
-    _Converted("IlyaGusev/habr", ["text_markdown", "statistics"], held_out("text_markdown", HELD_OUT), None),
+    _Converted(HABR, ["text_markdown", "statistics"], held_out("text_markdown", HELD_OUT), None),
     field="text_markdown",
-    choose=[at_least("statistics", HABR_SCORE, key="score")],
+    choose=[highest(HABR_ARTICLES, _Converted(HABR, ["statistics"], None, None), "statistics", key="score")],
     steps=(*CHARACTERS, cleaning.markdown_to_text, cleaning.drop_lines, *DOCUMENT),
 )
 

@@ -107,7 +107,7 @@ HABR = Published(
         "lead_markdown": "Начало",
         "type": "article",
         "time_published": 1_185_962_380 + number,
-        "statistics": {**dict.fromkeys(_COUNTS, 5), "score": 9 + number % 2},  # every second article has 10
+        "statistics": {**dict.fromkeys(_COUNTS, 5), "score": 9 + number % 2},
         "labels": [],
         "hubs": ["itcompanies"],
         "flows": ["popsci"],

@@ -1,9 +1,11 @@
 """Cleaning: each step on what it is for, and on what it must leave alone; in seqio the same texts come out."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
+import seqio
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from tasks.cleaning import (
     clean,
     drop_lines,
     enough_letters,
+    highest,
     length_within,
     markdown_to_text,
     mend_encoding,
@@ -21,6 +24,8 @@ from tasks.cleaning import (
     squeeze,
     strip_controls,
 )
+from vikhr_t5.data import drops
+from vikhr_t5.data.sources import JsonLinesSource
 
 GENUINE = "Привет, мир! Это обычный текст — «кавычки», ёж и №5. Её щёки, Пётр Сёмин: 20 °C · ©"
 PAGES = (Path(cleaning.__file__).parent / "demo_data" / "ru.txt").read_text(encoding="utf-8").split("\n\n")
@@ -187,3 +192,20 @@ def test_examples_are_chosen_by_a_number():
     objects = ['{"score": 12, "votes": 1}', '{"votes": 99}', '{"score": null}', "[12]", '{"score": 9}']
     dataset = tf.data.Dataset.from_tensor_slices({"statistics": objects})
     assert [row["statistics"].decode() for row in rows(at_least("statistics", 10, key="score")(dataset))] == objects[:1]
+
+
+def test_the_highest_of_a_whole_set_are_chosen(tmp_path):
+    """Whatever the shard: the threshold is of all files and of both splits."""
+    scores = [5, 1, 9, 7, 7, 2, None, 8]
+    for part in (0, 1):
+        lines = [json.dumps({"statistics": {"score": score}}) for score in scores[part::2]]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    source = JsonLinesSource({"train": str(tmp_path / "*.jsonl")}, ["statistics"])
+    for count, kept in ((3, [7, 7, 8, 9]), (1, [9]), (100, [1, 2, 5, 7, 7, 8, 9])):
+        step, found = highest(count, source, "statistics", key="score"), []
+        before = drops.counts()
+        for shard in (0, 1):
+            dataset = source.get_dataset("train", shuffle=False, shard_info=seqio.ShardInfo(shard, 2))
+            found += [json.loads(row["statistics"])["score"] for row in rows(step(dataset))]
+        assert sorted(found) == kept
+        assert (drops.counts() - before)["highest_score"] == len(scores) - len(kept)

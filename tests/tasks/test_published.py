@@ -68,7 +68,7 @@ def made_of(task: str, texts: list[str]) -> list[tuple[str, ...]]:
     """What a task should make of a set's texts: documents, or (inputs, targets)."""
     rows = [SETS[TASKS[task]].row(number, text) for number, text in enumerate(texts)]
     if task == "habr_ul2":
-        return [(f"Раздел\n\n{text}\n\nИ это тоже.",) for text in texts[1::2]]
+        return [(f"Раздел\n\n{text}\n\nИ это тоже.",) for text in texts]
     if task in published.CORPORA:
         return [(text,) for text in texts]
     if task.startswith("flan2021_submix_ru_"):
