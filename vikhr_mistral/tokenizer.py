@@ -10,6 +10,7 @@ from typing import Any
 from vikhr_mistral import corpus as corpora
 from vikhr_mistral import donor as donors
 from vikhr_mistral import merging, pieces, tokenizer_files, tokenizer_report
+from vikhr_mistral.outputs import check_output
 from vikhr_t5.data.hashing import text_hash
 from vikhr_t5.data.task_texts import read_task
 from vikhr_t5.errors import UserError
@@ -55,11 +56,12 @@ def extend(
         What report.json holds.
 
     Raises:
-        UserError: not one of `corpus`, `task` and `donor`; the base or the donor is not what it should be; too few
+        UserError: `output_dir` holds something else; not one of `corpus`, `task` and `donor`; the base or the donor is not what it should be; too few
             pieces; no text.
     """
     if sum(map(bool, (corpus, task, donor))) != 1:
         raise UserError("give one of: a corpus or a task to train a donor on, or a donor, a SentencePiece BPE model")
+    check_output(Path(output_dir), tokenizer_report.REPORT)
     base_model = pieces.open_model(base)
     pieces.check_base(base_model, base)
     held_out: list[str] = []

@@ -311,6 +311,8 @@ def test_bad_arguments_and_files(tmp_path: Path, donor: Path) -> None:
     (tmp_path / "cut.model").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"cut\.model is not a SentencePiece model, or not whole"):
         tokenizer.extend("mistral", tmp_path / "out", donor=str(tmp_path / "cut.model"))
+    with pytest.raises(UserError, match="is not empty, and this command did not write it"):
+        tokenizer.extend("mistral", tmp_path, donor=str(donor))
     assert not (tmp_path / "out").exists()
 
 

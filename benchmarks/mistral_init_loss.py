@@ -1,0 +1,127 @@
+"""Loss on Russian right after the tokenizer was extended, by how the new rows were made.
+
+    python benchmarks/mistral_init_loss.py --work_dir /tmp/init_loss --minutes 10
+
+A small Mistral (random weights, Mistral's own 32,000 pieces) is trained on the embedded Russian and English pages for
+--minutes; it stands for a base that knows some Russian in its own tokens. Its tokenizer is extended by pieces from the
+same training pages, rows are made by each method, and the loss is taken on the held-out pages, without any training.
+All methods see the same tokens. "random" is N(0, 0.02), transformers' mean_resizing=False; "normal" is its
+mean_resizing=True. Nats per character compare models with different tokenizers, too.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from vikhr_mistral import embeddings, initialise, pieces, tokenizer, tokenizer_files
+from vikhr_mistral.corpus import read_texts
+from vikhr_t5.data.hashing import text_hash
+
+DATA = Path(__file__).resolve().parents[1] / "tasks" / "demo_data"
+HELD_OUT, BLOCK, BATCH = 0.05, 256, 16
+
+
+def pages(language: str, held_out: bool) -> list[str]:
+    """The embedded pages of one side of the split."""
+    texts = (text for _, text in read_texts(str(DATA / f"{language}.txt")))
+    return [text for text in texts if (text_hash(text.encode()) < HELD_OUT) == held_out]
+
+
+def batches(ids: np.ndarray, seed: int) -> Iterator[torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    while True:
+        starts = rng.integers(0, len(ids) - BLOCK, BATCH)
+        yield torch.from_numpy(np.stack([ids[start : start + BLOCK] for start in starts]))
+
+
+def train_base(folder: Path, minutes: float) -> None:
+    """Half Russian, half English, one pass after another until the time is over."""
+    model_proto = pieces.open_model("mistral")
+    encode = pieces.encoder(model_proto)
+    languages = [np.array([id for page in pages(lang, False) for id in [1, *encode(page)]]) for lang in ("ru", "en")]
+    print("tokens:", {"ru": len(languages[0]), "en": len(languages[1])})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
+    config = MistralConfig(vocab_size=32000, **sizes, num_key_value_heads=2, max_position_embeddings=1024)
+    model = MistralForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    sources, started, step = [batches(ids, seed) for seed, ids in enumerate(languages)], time.monotonic(), 0
+    while (passed := (time.monotonic() - started) / 60 / minutes) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, step / 50) * (1 - passed)
+        block = torch.cat([next(source)[: BATCH // 2] for source in sources])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=block, labels=block).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if step % 50 == 0:
+            print(f"step {step}, {step * BATCH * BLOCK / 1e6:.2f}M tokens, loss {loss.item():.3f}", flush=True)
+    model.save_pretrained(folder)
+    tokenizer_files.write(model_proto, folder)
+
+
+@torch.inference_mode()
+def loss(folder: Path, texts: list[str]) -> tuple[float, float]:
+    """Nats per token and per character of texts, each cut into blocks of their own."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    encode = pieces.encoder(pieces.open_model(folder))
+    total, count = 0.0, 0
+    for text in texts:
+        ids = encode(text)
+        for first in range(0, len(ids), BLOCK):
+            block = torch.tensor([[1, *ids[first : first + BLOCK]]])
+            logits = model(input_ids=block).logits[0, :-1].float()
+            total += torch.nn.functional.cross_entropy(logits, block[0, 1:], reduction="sum").item()
+            count += block.shape[1] - 1
+    return total / count, total / sum(map(len, texts))
+
+
+def randomize(source: Path, target: Path, old_size: int) -> None:
+    """A copy of an extended model with rows of N(0, 0.02)."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    tensors, generator = load_file(target / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in initialise.MATRICES:
+        tensors[name][old_size:].normal_(0, 0.02, generator=generator)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--donor_size", type=int, default=12_000)
+    flags = parser.parse_args()
+    base, extended = flags.work_dir / "base", flags.work_dir / "tokenizer"
+    if not base.exists():
+        train_base(base, flags.minutes)
+    (flags.work_dir / "ru.txt").write_text("\n\n".join(pages("ru", False)), encoding="utf-8")
+    tokenizer.extend("mistral", extended, corpus=[str(flags.work_dir / "ru.txt")], donor_size=flags.donor_size)
+    russian, english = pages("ru", True), pages("en", True)[:20]
+    rows = {"base": loss(base, russian)}
+    for method in embeddings.METHODS:
+        initialise.init(base, extended, flags.work_dir / method, method=method, verify=True)
+        rows[method] = loss(flags.work_dir / method, russian)
+    randomize(flags.work_dir / "mean", flags.work_dir / "random", 32000)
+    rows["random"] = loss(flags.work_dir / "random", russian)
+    print(f"held-out Russian: {len(russian)} pages, {sum(map(len, russian)):,} characters")
+    for name, (per_token, per_character) in rows.items():
+        print(f"{name:14} {per_token:.3f} nats/token {per_character:.3f} nats/character")
+    before, after = loss(base, english)[1], loss(flags.work_dir / "mean", english)[1]
+    print(f"held-out English: {before:.4f} nats/character before, {after:.4f} after")
+    (flags.work_dir / "losses.json").write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
