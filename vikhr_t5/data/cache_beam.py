@@ -5,6 +5,7 @@ run that was stopped goes on where it was. What the driver and the workers share
 data must be there under the same paths, and the same vikhr-t5 and task modules be installed (docs/scaling.md).
 """
 
+import logging
 import os
 import shlex
 from collections.abc import Sequence
@@ -14,11 +15,14 @@ from vikhr_t5.data.cache_workers import Job
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import write_text_atomic
 
+logging.disable(logging.WARNING)  # Beam warns of parts of Google Cloud that are not installed
 try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 except ImportError as error:
     raise UserError(f"--beam_runner needs Apache Beam: pip install 'vikhr-t5[beam]' ({error})") from error
+finally:
+    logging.disable(logging.NOTSET)
 
 
 def run(jobs: Sequence[Job], module: str, runner: str, options: str) -> None:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from vikhr_t5.data import dedup, drops
 from vikhr_t5.data.byte_vocabulary import OFFSET
 from vikhr_t5.data.manifest import Shard
-from vikhr_t5.data.seqio_tasks import seqio, tf
+from vikhr_t5.data.seqio_tasks import apply_step, seqio, tf
 from vikhr_t5.data.store import TASK_NAME, ShardWriter
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path, write_text_atomic
@@ -96,10 +96,9 @@ class WithoutDuplicates:
                 for batch in (reader.get_batch(number) for number in range(reader.num_record_batches)):
                     kept = batch.filter(pa.array(~goes[start : start + len(batch)]))
                     start += len(batch)
-                    writer.write(
-                        {name: _tokens_and_lengths(kept.column(name)) for name in self.shard.features},
-                        kept.column(TASK_NAME).to_pylist() if named else None,
-                    )
+                    columns = {name: _tokens_and_lengths(kept.column(name)) for name in self.shard.features}
+                    writer.write(columns, kept.column(TASK_NAME).to_pylist() if named else None)
+                    report(sum(len(tokens) for tokens, _ in columns.values()))
         dropped = was.dropped | ({DUPLICATE: int(goes.sum())} if goes.any() else {})
         shard = writer.shard(was.skipped_lines, was.num_read, dropped)
         write_text_atomic(self.note, json.dumps(dataclasses.asdict(shard)))
@@ -236,10 +235,7 @@ def _dataset(task: seqio.Task, steps: list[Preprocessor], job: ShardJob, read: t
     dataset = task.source.get_dataset(split=job.split, shuffle=False, shard_info=shard_info).map(count)
     with seqio.utils.map_seed_manager(job.index):
         for step in steps:
-            adapted = seqio.utils.add_kwargs_to_transform(
-                step, sequence_length=None, output_features=task.output_features
-            )
-            dataset = adapted(dataset)
+            dataset = apply_step(task, step, dataset)
     return dataset
 
 
