@@ -23,7 +23,7 @@ CYRILLIC = str.maketrans(LETTERS | {latin.upper(): cyrillic.upper() for latin, c
 
 
 class Letters:
-    """Latin letters become Cyrillic, those of masks (X, Q, Z) stay. Some words make it fail as models do."""
+    """Latin letters become Cyrillic, those of masks (XXXA) stay. Some words make it fail as models do."""
 
     def __init__(self) -> None:
         self.given: list[list[str]] = []
@@ -37,14 +37,14 @@ class Letters:
 
     def _one(self, text: str) -> str:
         if "forget" in text:  # a model that forgets its masks
-            text = " ".join(word for word in text.split() if "Q" not in word)
+            text = " ".join(word for word in text.split() if "XXX" not in word)
         if "copy" in text:
             return text
         if "loop" in text:
             return "опять " * 9
         if "sum" in text:
             text = text.replace("7", "8")
-        kept = [word if "Q" in word else word.translate(CYRILLIC) for word in text.split()]
+        kept = [word if "XXX" in word else word.translate(CYRILLIC) for word in text.split()]
         return " ".join(kept)
 
 

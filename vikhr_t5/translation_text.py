@@ -7,10 +7,12 @@ the source's by construction, and `defect` checks what a construction cannot pro
 """
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
+from string import ascii_uppercase
 from typing import NamedTuple
 
 SCRIPTS = {  # ISO 15924 -> the first word of the names that Unicode gives its letters
@@ -59,10 +61,13 @@ Part = Unit | str  # what is no unit comes through as it is
 
 
 class Masked(NamedTuple):
-    """A unit for the model. Its protected parts are words name0Z, name1Z, …"""
+    """A unit for the model. Its protected parts are capital letters: XXXA, XXXB, …
+
+    Of what people have tried, letters with a letter as number come through best; <0> and 1_1 are mangled.
+    """
 
     text: str
-    name: str
+    masks: list[str]
     parts: list[str]
 
 
@@ -168,17 +173,23 @@ def needs_translation(text: str) -> bool:
 def mask(unit: str) -> Masked:
     """A mask in place of each protected part. The name of the masks is one that the unit does not have."""
     parts = _PROTECTED.findall(unit)
-    name = next(name for name in ("X" * length + "Q" for length in range(1, len(unit) + 2)) if name not in unit)
-    numbers = iter(range(len(parts)))
-    return Masked(_PROTECTED.sub(lambda _: f"{name}{next(numbers)}Z", unit), name, parts)
+    name = next(name for name in ("X" * length for length in range(3, len(unit) + 4)) if name not in unit)
+    width = next(width for width in itertools.count(1) if len(parts) <= len(ascii_uppercase) ** width)
+    letters = ("".join(letters) for letters in itertools.product(ascii_uppercase, repeat=width))
+    masks = [f"{name}{letter}" for letter in itertools.islice(letters, len(parts))]
+    remaining = iter(masks)
+    return Masked(_PROTECTED.sub(lambda _: next(remaining), unit), masks, parts)
 
 
 def unmask(translation: str, masked: Masked) -> str | None:
     """A translation with its protected parts; None where it has not each mask just once."""
-    pattern = re.compile(rf"{masked.name}(\d+)Z")
-    if sorted(map(int, pattern.findall(translation))) != list(range(len(masked.parts))):
+    if not masked.parts:
+        return translation
+    originals = dict(zip(masked.masks, masked.parts, strict=True))
+    pattern = re.compile("|".join(masked.masks))
+    if sorted(pattern.findall(translation)) != sorted(masked.masks):
         return None
-    return pattern.sub(lambda match: masked.parts[int(match[1])], translation)
+    return pattern.sub(lambda match: originals[match[0]], translation)
 
 
 def split_at_protected(unit: str) -> list[Part]:
