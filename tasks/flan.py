@@ -31,7 +31,7 @@ import seqio
 import tensorflow as tf
 
 from tasks import settings
-from tasks.cleaning import leave_out
+from tasks.cleaning import Preprocessor, leave_out
 from vikhr_t5.data.sources import Belongs, Example, held_out
 from vikhr_t5.errors import UserError, nearest
 
@@ -85,6 +85,7 @@ def add_task(
     belongs: Belongs | None = None,
     config: str | None = None,
     task_name: Sequence[str] = (),
+    steps: Sequence[Preprocessor] = (),
 ) -> None:
     """Register a published set of instructions.
 
@@ -95,6 +96,7 @@ def add_task(
         belongs: by which its splits differ; None holds out by a hash of the inputs.
         config: of the hub.
         task_name: the columns that name the set which a row is from, for the metrics; the first that is not "-".
+        steps: preprocessors of {inputs, targets} as text, such as `tasks.decontamination.not_evaluated_on`.
     """
     key_map = {"inputs": fields[0], "targets": fields[1]} | ({"task_name": "task_name"} if task_name else {})
     seqio.TaskRegistry.add(
@@ -104,6 +106,7 @@ def add_task(
             *([seqio.map_over_dataset(first_name(task_name))] if task_name else []),
             functools.partial(seqio.preprocessors.rekey, key_map=key_map),
             leave_out(blank, "inputs", "targets"),
+            *steps,
             seqio.preprocessors.tokenize,
             seqio.CacheDatasetPlaceholder(),
             seqio.preprocessors.append_eos,

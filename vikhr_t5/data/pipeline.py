@@ -75,8 +75,8 @@ class Dataset:
     Attributes:
         config: what it was opened with.
         tasks: the rows of each task, by name.
-        source_names: `decoder_source_ids` == i + 1 stands for `source_names[i]`: a task, "task/denoiser", or "task/name"
-            where a task's examples are named.
+        source_names: `decoder_source_ids` == i + 1 stands for `source_names[i]`: a task, "task/denoiser", or
+            "task/name" where a task's examples are named.
         example_rates: the share of examples of each task, by name.
         row_rates: the share of rows of each task, by name.
         fingerprint: sha256 hex of all that decides what batch s holds; goes into checkpoints.
