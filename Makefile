@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint clean-demo
+.PHONY: install demo demo-mistral test lint clean-demo
 
 install: $(STAMP)
 
@@ -16,8 +16,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tasks/demo.sh
 
+# The Mistral side in small: tokenizer, init, pretrain, instruct, merge, chat, report.
+demo-mistral: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash vikhr_mistral/demo.sh
+
 clean-demo:
-	rm -rf runs/demo
+	rm -rf runs/demo runs/demo-mistral
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
