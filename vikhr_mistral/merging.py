@@ -1,10 +1,13 @@
-"""Pieces of a donor put into a base SentencePiece model: three strategies.
+"""Pieces of a donor put into a base SentencePiece model: four strategies.
 
 BPE merges the pair that makes the piece of the highest score, whatever the two are; a base's scores are 0, −1, −2, …
 
 - tail: new pieces score below all old ones (the base's minimum − 1, − 2, …), in the donor's order. What the base would
   merge it still merges first, so text without the new letters keeps its tokens, and the donor's longer pieces are
   built on top. Pieces that this order makes unreachable (pieces.py) are left out: their rows would never be trained.
+- joint: as "tail", but the base's own pieces of the script move below, too, in among the new ones by the donor's order.
+  Text without the script's letters still keeps its tokens; text in the script is cut as the donor would, into fewer
+  tokens, and not as the base did.
 - append: new pieces score 0, above all old ones: what Chinese-LLaMA's script does (Cui et al., 2304.08177). Every tie
   is then decided by place, so that a fifth of the pieces is not reachable and `tokenizers`, which knows no ties,
   segments otherwise. Here for comparison.
@@ -13,6 +16,7 @@ BPE merges the pair that makes the piece of the highest score, whatever the two 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +24,7 @@ from vikhr_mistral import pieces
 from vikhr_mistral.pieces import NORMAL, SPACE, ModelProto
 from vikhr_t5.errors import UserError, nearest
 
-STRATEGIES = TAIL, APPEND, REPLACEMENT = "tail", "append", "replacement"
+STRATEGIES = TAIL, JOINT, APPEND, REPLACEMENT = "tail", "joint", "append", "replacement"
 MULTIPLE = 64  # of rows: what matrix units want
 
 
@@ -32,7 +36,7 @@ class Merged:
         model: a SentencePiece `ModelProto`.
         added: pieces that the base lacks, in order of ids.
         candidates: the donor's pieces of the script that the base lacks.
-        unreachable: of the candidates; left out of `added` by the strategy "tail", and in it otherwise.
+        unreachable: of the candidates; left out of `added` by "tail" and "joint", and in it otherwise.
     """
 
     model: Any
@@ -52,7 +56,7 @@ def merge(base: Any, donor: Any, strategy: str = TAIL, script: str = "cyrillic",
     Args:
         base, donor: SentencePiece `ModelProto`s, checked (`pieces.check_base`, `check_donor`).
         strategy: one of STRATEGIES.
-        script: "tail" and "append" take pieces of this script alone; see `pieces.in_script`.
+        script: all but "replacement" take pieces of this script alone; see `pieces.in_script`.
         size: pieces of the result; None: as many as there are.
 
     Raises:
@@ -80,12 +84,11 @@ def merge(base: Any, donor: Any, strategy: str = TAIL, script: str = "cyrillic",
         taken = wanted[: max(room, 0)]
         if not taken or (size is not None and len(taken) < room):
             raise _too_few(strategy, script, len(wanted), room, size)
-        new_scores = {TAIL: _tail_scores(known, taken), APPEND: [0.0] * len(taken)}
-        model = _with(frame, taken, new_scores.get(strategy) or [scores[piece] for piece in taken])
+        model = _with(frame, taken, _scores(strategy, known, scores, taken, script))
         possible = pieces.reachable(model, taken)
         missing = {piece for piece, is_reachable in zip(taken, possible, strict=True) if not is_reachable}
         unreachable |= missing
-        if strategy != TAIL or not missing:
+        if strategy in (APPEND, REPLACEMENT) or not missing:
             break
         wanted = [piece for piece in wanted if piece not in missing]
     added = tuple(piece for piece in taken if piece not in known)
@@ -98,10 +101,22 @@ def _too_few(strategy: str, script: str, found: int, room: int, size: int | None
     return UserError(f"too few pieces: of the donor's, {found:,} {what} can be used, and {asked}")
 
 
-def _tail_scores(known: dict[str, float], taken: Sequence[str]) -> list[float]:
-    """Below the base's lowest. Runs of spaces do not count: theirs is −1e9, and no new piece competes with them."""
+def _scores(
+    strategy: str, known: dict[str, float], donor: dict[str, float], taken: Sequence[str], script: str
+) -> dict[str, float]:
+    """The scores of the new pieces, and of those old ones that get another."""
+    if strategy == REPLACEMENT:
+        return donor
+    if strategy == APPEND:
+        return dict.fromkeys(taken, 0.0)
+    order = list(taken)
+    if strategy == JOINT:
+        old = [piece for piece in known if pieces.in_script(piece, script)]
+        # What the donor lacks comes last, as the base has it.
+        order = sorted([*old, *taken], key=lambda piece: (-donor.get(piece, -math.inf), -known.get(piece, 0.0)))
+    # Runs of spaces do not count: their score is −1e9 in Mistral's model, and no new piece competes with them.
     lowest = min(score for piece, score in known.items() if piece.strip(SPACE))
-    return [lowest - 1 - place for place in range(len(taken))]
+    return {piece: lowest - 1 - place for place, piece in enumerate(order)}
 
 
 def _copy(base: Any, kept: Sequence[Any]) -> Any:
@@ -114,9 +129,12 @@ def _copy(base: Any, kept: Sequence[Any]) -> Any:
     return model
 
 
-def _with(frame: Any, added: Sequence[str], scores: Sequence[float]) -> Any:
+def _with(frame: Any, added: Sequence[str], scores: dict[str, float]) -> Any:
     model = _copy(frame, frame.pieces)
-    for piece, score in zip(added, scores, strict=True):
-        model.pieces.add(piece=piece, score=score)
+    for piece in model.pieces:
+        if piece.type == NORMAL:
+            piece.score = scores.get(piece.piece, piece.score)
+    for name in added:
+        model.pieces.add(piece=name, score=scores[name])
     model.trainer_spec.vocab_size = len(model.pieces)
     return model

@@ -56,7 +56,8 @@ def extend(
         What report.json holds.
 
     Raises:
-        UserError: `output_dir` holds something else; not one of `corpus`, `task` and `donor`; the base or the donor is not what it should be; too few
+        UserError: `output_dir` holds something else; not one of `corpus`, `task` and `donor`; the base or the donor is
+            not what it should be; too few
             pieces; no text.
     """
     if sum(map(bool, (corpus, task, donor))) != 1:

@@ -95,11 +95,11 @@ def show(report: Mapping[str, Any], console: Console | None = None) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
-    considered = report["added"] + (report["unreachable"] if report["strategy"] == "tail" else 0)
+    considered = report["added"] + (report["unreachable"] if report["strategy"] in ("tail", "joint") else 0)
     table.add_row("donor's new pieces in the script", "", f"{report['candidates']:,}")
     table.add_row("pieces added", "", f"{report['added']:,}")
     table.add_row("reachable, of those added", "", _share(report["reachable"], report["added"]))
-    if report["strategy"] == "tail":
+    if considered > report["added"]:
         table.add_row("left out as unreachable", "", f"{report['unreachable']:,} of {considered:,}")
     for key, name in (("text", f"{report['script']} text"), ("base_text", "base text")):
         before, after = (fertility.Fertility(**figures) for figures in report[key].values())

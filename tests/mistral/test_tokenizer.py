@@ -227,6 +227,28 @@ def test_the_size_is_met_with_the_next_reachable_pieces(donor: Path) -> None:
         merging.merge(base, other, size=45000)
 
 
+def test_joint_order_reads_the_script_as_the_donor_does(
+    donor: Path, mistral: Any, sp: Any, tmp_path: Path, corpus: dict[str, list[str]]
+) -> None:
+    base, other = pieces.open_model("mistral"), pieces.open_model(donor)
+    merged = merging.merge(base, other, "joint")
+    assert len(merged.unreachable) < 0.002 * merged.candidates
+    assert all(pieces.reachable(merged.model, merged.added))
+    for old, new in zip(base.pieces, merged.model.pieces, strict=False):
+        assert (old.piece, old.type) == (new.piece, new.type)
+        assert old.score == new.score or pieces.in_script(old.piece, "cyrillic")
+    joint, theirs = pieces.processor(merged.model), pieces.processor(other)
+    english = [line for line in corpus["en"] if not any("а" <= letter.lower() <= "я" for letter in line)]
+    assert joint.encode(english) == mistral.encode(english)
+    words = [word for line in corpus["ru"][::9] for word in line.split() if pieces.in_script(word, "cyrillic")]
+    same = [joint.encode(word, out_type=str) == theirs.encode(word, out_type=str) for word in words]
+    assert sum(same) > 0.99 * len(words) > 10_000
+    lines = corpus["ru"][::9]
+    assert sum(map(len, joint.encode(lines))) < 0.95 * sum(map(len, sp.encode(lines)))
+    tokenizer_files.write(merged.model, tmp_path)
+    assert differing([*corpus["ru"][::9], *HARD], AutoTokenizer.from_pretrained(tmp_path), joint) == []
+
+
 def test_append_scores_zero_and_loses_pieces(donor: Path) -> None:
     merged = merging.merge(pieces.open_model("mistral"), pieces.open_model(donor), "append")
     assert {piece.score for piece in merged.model.pieces[32000:]} == {0.0}
