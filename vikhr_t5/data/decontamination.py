@@ -200,6 +200,8 @@ class Index:
                 self._owners.setdefault(gram, []).append(number)
         self._words = list(self._ids)
         self._lengths = sorted({len(gram) for gram in self._owners})
+        self._shortest = min(self._lengths, default=ngram)
+        self._heads = {gram[: self._shortest] for gram in self._owners}  # most text stops here
         self.too_short = [number for number, count in enumerate(self._counts) if not count]
 
     def _grams_of_item(self, text: str) -> Iterator[tuple[int, ...]]:
@@ -217,8 +219,10 @@ class Index:
             if number is not None:
                 run.append(number)
                 continue
-            for length in self._lengths:
-                for start in range(len(run) - length + 1):
+            for start in range(len(run) - self._shortest + 1):
+                if tuple(run[start : start + self._shortest]) not in self._heads:
+                    continue
+                for length in self._lengths:  # one that runs past the end is shorter, and found before
                     gram = tuple(run[start : start + length])
                     for item in self._owners.get(gram, ()):
                         found[item].add(gram)
