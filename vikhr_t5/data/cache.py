@@ -29,7 +29,7 @@ from vikhr_t5.data.cache_shards import ShardJob, WithoutDuplicates
 from vikhr_t5.data.cache_workers import Job
 from vikhr_t5.data.manifest import Manifest, Provenance
 from vikhr_t5.data.module_files import source_digests
-from vikhr_t5.data.seqio_tasks import check_task_vocabulary, find_provider, import_tasks, seqio
+from vikhr_t5.data.seqio_tasks import check_rate, check_task_vocabulary, find_provider, import_tasks, seqio
 from vikhr_t5.data.store import MANIFEST, TokenStore, mixture_file, task_directory
 from vikhr_t5.data.vocabulary import open_vocabulary
 from vikhr_t5.errors import UserError
@@ -83,10 +83,10 @@ def cache(
     import_tasks(module)
     provider = find_provider(mixture_or_task, module)
     tasks = seqio.get_subtasks(provider)
-    wanted_splits = [(task, split) for task in tasks for split in task.splits if splits is None or split in splits]
-    if not wanted_splits:
+    if missing := [split for split in splits or () if split not in provider.splits]:
         known = ", ".join(sorted(provider.splits))
-        raise UserError(f"{mixture_or_task} has no split {', '.join(splits or [])}; it has: {known}")
+        raise UserError(f"{mixture_or_task} has no split {', '.join(missing)}; it has: {known}")
+    wanted_splits = [(task, split) for task in tasks for split in task.splits if splits is None or split in splits]
     if vocabulary_file is not None:
         for task in tasks:
             check_task_vocabulary(task, open_vocabulary(vocabulary_file, extra_ids))
@@ -215,7 +215,9 @@ def _write_mixtures(provider: seqio.Task | seqio.Mixture, module: str, cache_dir
     for task in tasks:
         # Rates may be functions of a task's size. seqio asks the source, which does not know; the store does.
         task.num_input_examples = functools.partial(_num_examples, cache_dir, task.name)
-    rates = {task.name: provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0 for task in tasks}
+    rates = {task.name: 1.0 for task in tasks}
+    if isinstance(provider, seqio.Mixture):
+        rates = {task.name: check_rate(provider.name, task.name, provider.get_rate(task)) for task in tasks}
     provenance = dataclasses.asdict(Provenance(module, source_digests(module)))
     for name, members in {**{task.name: {task.name: 1.0} for task in tasks}, provider.name: rates}.items():
         splits = {task.name: list(task.splits) for task in tasks if task.name in members}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vikhr_t5.data import drops
-from vikhr_t5.data.seqio_tasks import find_provider, import_tasks, seqio, tf
+from vikhr_t5.data.seqio_tasks import apply_step, find_provider, import_tasks, seqio, tf
 from vikhr_t5.errors import UserError
 
 SEARCHED = 100  # documents of the source that are looked at
@@ -70,10 +70,7 @@ def _steps(task: seqio.Task, dataset: tf.data.Dataset) -> Iterator[tuple[str, tf
             if hasattr(step, "post_cache_transform"):
                 return
             if not isinstance(step, seqio.CacheDatasetPlaceholder):
-                adapted = seqio.utils.add_kwargs_to_transform(
-                    step, sequence_length=None, output_features=task.output_features
-                )
-                dataset = adapted(dataset)
+                dataset = apply_step(task, step, dataset)
                 yield seqio.utils.function_name(step), dataset
 
 

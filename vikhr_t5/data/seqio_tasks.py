@@ -6,11 +6,17 @@ from vikhr_t5.data.seqio_tasks import find_provider, import_tasks, seqio, tf
 import contextlib
 import functools
 import importlib
+import math
+import numbers
 import os
+import re
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from vikhr_t5.data.manifest import NEEDS_SEQIO, Feature
+from vikhr_t5.data.module_files import module_file
 from vikhr_t5.data.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.packages import require_own
@@ -39,14 +45,24 @@ with _quiet():
     except ImportError as error:
         raise UserError(f"{NEEDS_SEQIO} ({error})") from error
 
-__all__ = ["check_task_vocabulary", "feature_of", "find_provider", "import_tasks", "seqio", "tf"]
+__all__ = [
+    "apply_step",
+    "check_rate",
+    "check_task_vocabulary",
+    "feature_of",
+    "find_provider",
+    "import_tasks",
+    "seqio",
+    "tf",
+]
 
 
 def import_tasks(module: str) -> None:
     """Import the modules, joined by commas, that register tasks; the current folder is searched last.
 
     Raises:
-        UserError: there is no such module, or `tasks` is another package than vikhr-t5's.
+        UserError: there is no such module, it fails (names its file and line), or `tasks` is another package than
+            vikhr-t5's.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -54,21 +70,88 @@ def import_tasks(module: str) -> None:
         require_own(name)
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise
-            raise UserError(
-                f"no Python module {name} (from {os.getcwd()}): it should register the seqio tasks; install the package"
-                " that has it, or register them in a module of yours and set MIXTURE_OR_TASK_MODULE"
-            ) from error
+        except UserError:
+            raise
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+                raise UserError(
+                    f"no Python module {name} (from {os.getcwd()}): it should register the seqio tasks; install the"
+                    " package that has it, or register them in a module of yours and set MIXTURE_OR_TASK_MODULE"
+                ) from error
+            raise UserError(f"{_place(error, name)}: {_reason(error)}") from error
+
+
+def _place(error: Exception, module: str) -> str:
+    """The last line of the module that was being run, or that could not be read, when importing it failed."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    file = str(module_file(module))
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{file}, line {lines[-1]}" if lines else module
+
+
+def _reason(error: Exception) -> str:
+    """What a module's failure means; seqio's own words are short of what to do."""
+    said = (str(error).strip() or type(error).__name__).split("\n")[0]
+    if found := re.fullmatch("Attempting to register duplicate provider: (.*)", said):
+        return f"a task or mixture {found[1]} is registered already: give this one another name"
+    if found := re.fullmatch("Provider name not registered: (.*)", said):
+        hint = nearest(found[1], [*seqio.MixtureRegistry.names(), *seqio.TaskRegistry.names()])
+        return f"no task or mixture {found[1]} is registered before this one; {hint}"
+    if said == "need a rate for each task":
+        return 'a mixture needs a rate for each task: [("task", 1.0), …], or default_rate'
+    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else said}"
 
 
 def find_provider(name: str, module: str) -> seqio.Task | seqio.Mixture:
-    """A registered task or mixture. UserError with the nearest names."""
+    """A registered task or mixture.
+
+    Raises:
+        UserError: there is none of this name (gives the nearest), a mixture contains itself, or a rate is no positive
+            number.
+    """
     mixtures, tasks = seqio.MixtureRegistry.names(), seqio.TaskRegistry.names()
     if name not in mixtures and name not in tasks:
         raise UserError(f"unknown task or mixture {name!r} in {module}; {nearest(name, [*mixtures, *tasks])}")
-    return seqio.MixtureRegistry.get(name) if name in mixtures else seqio.TaskRegistry.get(name)
+    if name in tasks:
+        return seqio.TaskRegistry.get(name)
+    mixture = seqio.MixtureRegistry.get(name)
+    _check_mixture(mixture, ())
+    return mixture
+
+
+def _check_mixture(mixture: seqio.Mixture, inside: tuple[str, ...]) -> None:
+    path = (*inside, mixture.name)
+    if mixture.name in inside:
+        raise UserError(f"mixture {mixture.name} contains itself: {' > '.join(path)}")
+    for member, rate in mixture.rate_per_task_name.items():
+        if not callable(rate):
+            check_rate(mixture.name, member, rate)
+    for other in mixture._sub_mixtures:  # seqio has no public way to ask
+        _check_mixture(other, path)
+
+
+def check_rate(mixture: str, member: str, rate: Any) -> float:
+    """The rate. UserError where it is no positive number."""
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < float(rate) < math.inf:
+        raise UserError(f"mixture {mixture}: the rate of {member} is {rate!r}; give a positive number, or leave it out")
+    return float(rate)
+
+
+def apply_step(task: seqio.Task, step: Callable[..., tf.data.Dataset], dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """One preprocessor of a task on a dataset. UserError where it asks for a feature that the examples lack."""
+    adapted = seqio.utils.add_kwargs_to_transform(step, sequence_length=None, output_features=task.output_features)
+    try:
+        return adapted(dataset)
+    except KeyError as error:
+        # TensorFlow gives the key on the last line of an account of the calls.
+        missing = str(error.args[0]).strip().split("\n")[-1].removeprefix("KeyError: ").strip("'\"")
+        if missing in dataset.element_spec:
+            raise
+        raise UserError(
+            f"task {task.name}: {seqio.utils.function_name(step)} asks for {missing!r}, which the examples lack"
+            f" ({nearest(missing, dataset.element_spec)})"
+        ) from error
 
 
 def check_task_vocabulary(task: seqio.Task, vocabulary: AnyVocabulary) -> None:

@@ -4,9 +4,9 @@ A source is cut into pieces (byte ranges of text, row groups, ranges of rows) wh
 processes read a corpus together, even where it is one file, and every example belongs to exactly one piece. Examples
 are dicts of byte strings (`tf.string` scalars in the dataset); numbers arrive as their text.
 
-A malformed line is reported by file and line number: what is not UTF-8 or JSON, lacks a field or has a null there, or is
-longer than `LONGEST_LINE`, of which no more is read into memory. `max_bad_lines` of them are skipped, in each pass over
-the data, before a UserError stops it; with the default of 0 the first one does.
+A malformed line is reported by file and line number: it is not UTF-8 or JSON, lacks a field or has a null there, or is
+longer than `LONGEST_LINE`, and then not read into memory. `max_bad_lines` of them are skipped, in each pass over the
+data, before a UserError stops it; with the default of 0 the first one does.
 """
 
 import abc
