@@ -55,6 +55,7 @@ def load_model(
     trainable: Trainable = "full",
     lora: LoraConfig | None = None,
     new_rows_from: int = 0,
+    seed: int = 0,
 ) -> Any:
     """The model to train, or a PEFT model around it; what is trained requires a gradient.
 
@@ -64,6 +65,7 @@ def load_model(
         dtype: in which the weights are loaded.
         attention: implementation.
         trainable, lora, new_rows_from: as in `pretrain.PretrainConfig`.
+        seed: of the adapters' first values; all processes, and a run that begins again, must have the same.
 
     Raises:
         UserError: the folder is no causal model, a file of it is not whole, its vocabulary is smaller than the
@@ -92,6 +94,7 @@ def load_model(
         model.get_input_embeddings().requires_grad_(True)
         model.get_output_embeddings().requires_grad_(True)
         return model
+    torch.manual_seed(seed)
     return add_adapters(folder, model, trainable, lora or LoraConfig(), new_rows_from)
 
 

@@ -126,6 +126,7 @@ def pretrain(config_path: str | os.PathLike[str], overrides: Sequence[str] = ())
         trainable=config.trainable,
         lora=config.lora,
         new_rows_from=config.new_rows_from,
+        seed=seed,
     )
     reference = None
     if config.anchor.active:
