@@ -1,5 +1,6 @@
 """Commands: exit statuses, one line for bad input, examples in every help, and a run from text to a resume."""
 
+import json
 import os
 import subprocess
 import sys
@@ -88,6 +89,24 @@ def test_a_vocabulary_from_nothing(capfd, tmp_path):
     assert "absent.txt" in bad_input(capfd, *arguments, "absent.txt")
     (tmp_path / "latin.txt").write_bytes(b"abc\n\xff\xfe\n")
     assert "latin.txt" in bad_input(capfd, *arguments, "latin.txt")
+
+
+def test_a_vocabulary_of_json_lines(capfd, tmp_path):
+    """The fields that are named, by a sample that depends on the seed alone."""
+    russian, english = ((ROOT / "tasks" / "demo_data" / name).read_text().split("\n") for name in ("ru.txt", "en.txt"))
+    rows = [{"text": one, "title": two, "n": 1} for one, two in zip(russian[:2000], english, strict=False)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train = ["vocab", "train", "--input", "a.jsonl", "--fields", "text,title", "--size", "800", "--max_lines", "900"]
+    models = []
+    for seed in ("1", "1", "2"):
+        assert cli.main([*train, "--output", "v.model", "--seed", seed]) == 0
+        models.append(Path("v.model").read_bytes())
+    assert models[0] == models[1] != models[2]
+    assert "▁документ".encode() in models[0]
+    assert b"\xe2\x96\x81the" in models[0]
+    capfd.readouterr()
+    assert "no field 'txt'; nearest: text" in bad_input(capfd, *train, "--output", "w.model", "--fields", "txt")
+    assert "--input FILES, or --mixture TASK" in bad_input(capfd, *train[:2], *train[4:], "--output", "w.model")
 
 
 @pytest.mark.parametrize(

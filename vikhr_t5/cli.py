@@ -184,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train a SentencePiece vocabulary from text",
         "vikhr-t5 vocab train --input a.txt,b.txt --output spiece.model --size 8000",
         "From files (--input), or from the texts of a seqio task (--mixture NAME --module M). VikhrT5's 58k has\n"
-        "--size 57812: with 300 sentinels 58,112 = 454 x 128 rows. See docs/vocabularies.md.",
+        "--size 58068: with 300 sentinels 58,368 = 456 x 128 rows. See docs/vocabularies.md.",
     )
     vocab_train.add_argument("--input", metavar="F,G", help="text, JSON lines, Parquet; files or folders of them")
     vocab_train.add_argument("--fields", default="text", metavar="A,B", help="of JSON lines and Parquet (default text)")
@@ -544,6 +544,10 @@ def _vocab_chart(flags: argparse.Namespace) -> None:
 
     named = [part.rpartition("=")[::2] for part in flags.tokenizers.split(",") if part]
     tokenizers = [fertility.open_tokenizer(source, name or None) for name, source in named]
+    if not (names := [tokenizer.name for tokenizer in tokenizers]):
+        raise UserError("no tokenizer: --tokenizers NAME=FILE, several joined by commas")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two tokenizers are called {twice[0]!r}: --tokenizers NAME=FILE gives them names")
     lines = list(vocabulary.read_lines(_texts(flags.texts, flags.fields)))
     measured = [fertility.measure(tokenizer, lines) for tokenizer in tokenizers]
     Console().print(fertility.table(measured))

@@ -11,6 +11,7 @@ import sentencepiece
 import tiktoken
 from rich.console import Console
 
+from vikhr_t5 import cli
 from vikhr_t5.data import fertility
 from vikhr_t5.data.fertility import Fertility, measure, open_tokenizer, table, write_chart
 from vikhr_t5.data.vocabulary import Vocabulary, vocabulary_files
@@ -185,3 +186,31 @@ def test_charts(tmp_path: Path) -> None:
     assert "{{" not in page
     with pytest.raises(UserError, match=r"chart\.pdf: a chart is written as \.png, \.svg, \.html"):
         write_chart(MEASURED, tmp_path / "chart.pdf")
+
+
+def test_the_command(small_vocabulary: Vocabulary, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "Казнить нельзя,\nпомиловать"}, {"text": " "}, {"text": "Один"}]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = f"bytes,ours={small_vocabulary.sentencepiece_model_file}"
+    chart = tmp_path / "charts" / "chart.html"
+    arguments = ["vocab", "chart", "--texts", str(texts)]
+    assert cli.main([*arguments, "--tokenizers", named, "--output", str(chart)]) == 0
+    printed = capfd.readouterr().out
+    assert "measured on 4 words, 29 characters" in printed
+    page = chart.read_text(encoding="utf-8")
+    whole = "Казнить нельзя,", "помиловать", "Один"
+    assert f"<td>bytes</td><td>259</td><td>{sum(len(line.encode()) for line in whole) / 4:.3f}</td>" in page
+    ours = sum(len(small_vocabulary.encode(line)) for line in whole)
+    assert f"<td>ours</td><td>1,500</td><td>{ours / 4:.3f}</td>" in page
+    for bad, message in (
+        ([*arguments, "--tokenizers", "a=none.model"], "tokenizer 'none.model': No such file"),
+        ([*arguments, "--tokenizers", "bytes", "--fields", "txt"], "no field 'txt'; nearest: text"),
+        ([*arguments[:3], str(tmp_path / "none.txt"), "--tokenizers", "bytes"], "none.txt: no such file"),
+        ([*arguments, "--tokenizers", "a=bytes,a=bytes"], "two tokenizers are called 'a'"),
+        ([*arguments, "--tokenizers", ","], "no tokenizer: --tokenizers NAME=FILE"),
+    ):
+        assert cli.main(bad) == 2
+        error = capfd.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
