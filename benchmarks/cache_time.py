@@ -182,13 +182,10 @@ def main() -> None:
 
 def show(side: str, found: dict[str, float]) -> None:
     """A line of the table."""
-    print(
-        f"{side:>10}: {found['mb_per_cpu_second']:5.2f} MB/s, {found['tokens_per_cpu_second'] / 1e3:5.0f}k tokens/s per core"
-        f" ({found['mb_per_cpu_second_whole']:.2f} MB/s with {found['start_up_cpu_seconds']:.1f} s of start-up);"
-        f" {found['seconds']:.0f} s by the clock, {found['memory_gb']:.2f} GB of memory, {found['written_gb']:.3f} GB"
-        " written",
-        flush=True,
-    )
+    rates = f"{found['mb_per_cpu_second']:5.2f} MB/s, {found['tokens_per_cpu_second'] / 1e3:5.0f}k tokens/s per core"
+    whole = f"{found['mb_per_cpu_second_whole']:.2f} MB/s with {found['start_up_cpu_seconds']:.1f} s of start-up"
+    memory = f"{found['memory_gb']:.2f} GB of memory, {found['written_gb']:.3f} GB written"
+    print(f"{side:>10}: {rates} ({whole}); {found['seconds']:.0f} s by the clock, {memory}", flush=True)
 
 
 if __name__ == "__main__":

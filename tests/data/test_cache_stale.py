@@ -201,3 +201,28 @@ def test_which_modules_count(tmp_path, monkeypatch):
     assert "corpus_of_ours.news" not in sys.modules
     assert {"tasks", "tasks.demo", "tasks.settings"} <= set(source_digests("tasks.demo"))
     assert "tasks.flan" not in source_digests("tasks.demo")
+
+
+def test_malformed_lines_of_a_published_set(module, corpora, monkeypatch):
+    """None, so many by the environment, or as the task says; counted in the manifest."""
+    folder = corpora("one", 50)
+    with open(folder / "someone" / "set" / "part.jsonl", "ab") as handle:
+        handle.write(b'{"text": null}\n{"text"\n')
+    monkeypatch.setenv("VIKHR_T5_DATA_DIR", str(folder))
+    text = PUBLISHED.replace("_published", "_published{0}").replace("0.1))", "0.1){1})")
+    for limit, argument, skipped in (("1", "", None), ("2", "", 2), ("0", ", max_bad_lines=3", 2)):
+        monkeypatch.setenv("VIKHR_T5_MAX_BAD_LINES", limit)
+        name = module(text.format(f"_{limit}", argument))
+        again(name)
+        task = f"{name}_published_{limit}"
+        if skipped is None:
+            with pytest.raises(UserError, match=r"part\.jsonl, line 52: .*2 are malformed, and max_bad_lines is 1"):
+                cache(task, name, "cache")
+        else:
+            manifests = cache(task, name, "cache")[task]
+            assert manifests["train"].skipped_lines == skipped
+            assert sum(manifest.num_examples for manifest in manifests.values()) == 50
+    monkeypatch.setenv("VIKHR_T5_MAX_BAD_LINES", "many")
+    again(name)
+    with pytest.raises(UserError, match="VIKHR_T5_MAX_BAD_LINES='many' is no number of lines"):
+        cache(task, module(PUBLISHED), "cache")
