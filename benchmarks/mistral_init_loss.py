@@ -5,7 +5,8 @@
 A small Mistral (random weights, Mistral's own 32,000 pieces) is trained on the embedded Russian and English pages for
 --minutes; it stands for a base that knows some Russian in its own tokens. Its tokenizer is extended by pieces from the
 same training pages, rows are made by each method, and the loss is taken on the held-out pages, without any training.
-All methods see the same tokens. "random" is N(0, 0.02), transformers' mean_resizing=False; "normal" is its
+All methods see the same tokens. FOCUS gets vectors from the same pages: positive pointwise mutual information within five
+pieces, factored to 100 numbers (Levy & Goldberg 2014), where the paper has fastText. "random" is N(0, 0.02), transformers' mean_resizing=False; "normal" is its
 mean_resizing=True. Nats per character compare models with different tokenizers, too.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse.linalg
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
@@ -86,6 +88,25 @@ def loss(folder: Path, texts: list[str]) -> tuple[float, float]:
     return total / count, total / sum(map(len, texts))
 
 
+def write_vectors(path: Path, folder: Path, texts: list[str], window: int = 5, width: int = 100) -> None:
+    """A vector for each piece of the texts, in fastText's text format."""
+    model = pieces.open_model(folder)
+    encode, size = pieces.encoder(model), len(model.pieces)
+    counts = scipy.sparse.csr_matrix((size, size))
+    for ids in map(np.array, map(encode, texts)):
+        for distance in range(1, min(window + 1, len(ids))):
+            pair = (ids[:-distance], ids[distance:])
+            counts += scipy.sparse.coo_matrix((np.ones(len(pair[0])), pair), (size, size)).tocsr()
+    counts = (counts + counts.T).tocoo()
+    total = np.asarray(counts.sum(axis=0)).ravel()
+    information = np.log(counts.data * total.sum() / (total[counts.row] * total[counts.col]))
+    positive = scipy.sparse.csr_matrix((np.maximum(information, 0), (counts.row, counts.col)), (size, size))
+    left, values, _ = scipy.sparse.linalg.svds(positive, width, rng=np.random.default_rng(0))
+    vectors, used = left * np.sqrt(values), np.flatnonzero(total)
+    lines = [" ".join([model.pieces[id].piece, *(f"{value:.6g}" for value in vectors[id])]) for id in used]
+    path.write_text("\n".join([f"{len(used)} {width}", *lines]) + "\n", encoding="utf-8")
+
+
 def randomize(source: Path, target: Path, old_size: int) -> None:
     """A copy of an extended model with rows of N(0, 0.02)."""
     target.mkdir()
@@ -110,8 +131,10 @@ def main() -> None:
     tokenizer.extend("mistral", extended, corpus=[str(flags.work_dir / "ru.txt")], donor_size=flags.donor_size)
     russian, english = pages("ru", True), pages("en", True)[:20]
     rows = {"base": loss(base, russian)}
+    write_vectors(flags.work_dir / "pieces.vec", extended, pages("ru", False))
     for method in embeddings.METHODS:
-        initialise.init(base, extended, flags.work_dir / method, method=method, verify=True)
+        auxiliary = str(flags.work_dir / "pieces.vec") if method == embeddings.FOCUS else None
+        initialise.init(base, extended, flags.work_dir / method, method=method, auxiliary=auxiliary, verify=True)
         rows[method] = loss(flags.work_dir / method, russian)
     randomize(flags.work_dir / "mean", flags.work_dir / "random", 32000)
     rows["random"] = loss(flags.work_dir / "random", russian)

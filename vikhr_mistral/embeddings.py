@@ -15,6 +15,7 @@ METHODS, for made rows:
 - normal: drawn from N(µ, 1e-9·Σ), µ and Σ the mean and covariance of all old rows, as transformers'
   `resize_token_embeddings(mean_resizing=True)` does (Hewitt, "Initializing New Word Embeddings for Pretrained Language
   Models", 2021); µ alone where Σ is not positive definite. For comparison: it knows nothing of the piece.
+- focus: of rows of old pieces that are used alike, by vectors from a file (focus.py).
 
 An untied output layer takes the same plan on its own rows. Letters: O old rows, V new rows, D width.
 """
@@ -27,7 +28,7 @@ import numpy as np
 from vikhr_mistral import merging, pieces
 from vikhr_t5.errors import UserError, nearest
 
-METHODS = MEAN, WEIGHTED_MEAN, NORMAL = "mean", "weighted_mean", "normal"
+METHODS = MEAN, WEIGHTED_MEAN, NORMAL, FOCUS = "mean", "weighted_mean", "normal", "focus"
 KINDS = KEPT, MADE, FALLBACK, PADDING = "kept", "made", "fallback", "padding"
 _EPSILON = 1e-9  # transformers'
 _AT_ONCE = 2048  # rows
@@ -40,14 +41,14 @@ class Plan:
     Attributes:
         kinds: [V] of KINDS.
         sources: [N] old ids; those of row r are `sources[starts[r]:starts[r + 1]]`, of kept and made rows alone.
-        lengths: [N] bytes of text that each stands for.
+        weights: [N] of each in the mean; they need not sum to 1.
         starts: [V + 1].
         old_size: pieces of the old tokenizer; old rows above it are padding.
     """
 
     kinds: np.ndarray
     sources: np.ndarray
-    lengths: np.ndarray
+    weights: np.ndarray
     starts: np.ndarray
     old_size: int
 
@@ -60,8 +61,11 @@ class Plan:
         return self.sources[self.starts[new]], new
 
 
-def plan(old: Any, new: Any) -> Plan:
-    """The plan for two SentencePiece `ModelProto`s; V is the size of `new`, padded to a multiple of 64."""
+def plan(old: Any, new: Any, method: str = MEAN) -> Plan:
+    """The plan for two SentencePiece `ModelProto`s; V is the size of `new`, padded to a multiple of 64.
+
+    The weights are those of the mean, or of the weighted mean if that is the method.
+    """
     ids = {(piece.type, piece.piece): id for id, piece in enumerate(old.pieces)}
     encode, unknown = pieces.encoder(old, dummy_prefix=False), old.trainer_spec.unk_id
     kinds, found = [], []
@@ -81,7 +85,7 @@ def plan(old: Any, new: Any) -> Plan:
     return Plan(
         kinds=np.array([*kinds, *[PADDING] * padding]),
         sources=np.array(flat, np.int64),
-        lengths=np.array([bytes_of[id] for id in flat], np.float32),
+        weights=np.array([bytes_of[id] if method == WEIGHTED_MEAN else 1 for id in flat], np.float32),
         starts=np.cumsum([0, *map(len, found), *[0] * padding]),
         old_size=len(old.pieces),
     )
@@ -98,7 +102,7 @@ def new_rows(plan: Plan, old: np.ndarray, method: str = MEAN, seed: int = 0) -> 
 
     Args:
         old: O >= `plan.old_size`.
-        method: one of METHODS.
+        method: "normal" draws made rows; all others take the plan's weights.
         seed: of "normal".
     """
     new = np.empty((len(plan.kinds), old.shape[1]), old.dtype)
@@ -116,7 +120,7 @@ def new_rows(plan: Plan, old: np.ndarray, method: str = MEAN, seed: int = 0) -> 
         counts = plan.starts[rows + 1] - plan.starts[rows]
         ends = np.cumsum(counts)
         places = np.repeat(plan.starts[rows] - (ends - counts), counts) + np.arange(ends[-1])
-        weights = plan.lengths[places] if method == WEIGHTED_MEAN else np.ones(len(places), np.float32)
+        weights = plan.weights[places]
         values = old[plan.sources[places]].astype(np.float32) * weights[:, None]
         new[rows] = np.add.reduceat(values, ends - counts) / np.add.reduceat(weights, ends - counts)[:, None]
     return new

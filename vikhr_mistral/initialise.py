@@ -16,7 +16,7 @@ from rich.table import Table
 
 from conversion import safetensors
 from conversion.weights import Tensor, open_weights
-from vikhr_mistral import embeddings, initialise_check, pieces, tokenizer_files
+from vikhr_mistral import embeddings, focus, initialise_check, pieces, tokenizer_files
 from vikhr_mistral.outputs import check_output
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
@@ -34,6 +34,7 @@ def init(
     output_dir: str | os.PathLike[str],
     method: str = embeddings.MEAN,
     seed: int = 0,
+    auxiliary: str | None = None,
     base_tokenizer: str | None = None,
     verify: bool = False,
     max_shard_size: int | str = "5GB",
@@ -43,7 +44,8 @@ def init(
     Args:
         base_dir: a model of the Mistral or Llama family: config.json, safetensors or .bin, and tokenizer.model.
         tokenizer_dir: what `vikhr-mistral tokenizer` wrote; its files are copied into the output.
-        method, seed: as in `embeddings.new_rows`.
+        method, seed: as in `embeddings`.
+        auxiliary: of "focus": a file of vectors for the pieces of the new tokenizer (`focus.read_vectors`).
         base_tokenizer: the base's SentencePiece model where it is not in `base_dir`; "mistral" as in
             `pieces.open_model`.
         verify: compare the written model with the base (`initialise_check.check`).
@@ -58,13 +60,19 @@ def init(
             together; `output_dir` is not free; the disk is too small; verification finds a difference.
     """
     embeddings.check_method(method)
+    if (method == embeddings.FOCUS) != bool(auxiliary):
+        raise UserError(
+            "method focus needs --auxiliary, a file of vectors for the new tokenizer's pieces, and no other does"
+        )
     limit, base, output = safetensors.parse_size(max_shard_size), Path(base_dir), Path(output_dir)
     check_output(output, STATISTICS)
     config = read_config(base)
     old, new = pieces.open_model(base_tokenizer or base), pieces.open_model(tokenizer_dir)
     tensors = _matching(open_weights(base), config, base, len(old.pieces))
     _check_special(old, new, tokenizer_dir)
-    plan = embeddings.plan(old, new)
+    plan = embeddings.plan(old, new, method)
+    if auxiliary:
+        plan = focus.focused(plan, new, auxiliary)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for name in MATRICES.keys() & shapes.keys():
         shapes[name] = (len(plan.kinds), shapes[name][1])
