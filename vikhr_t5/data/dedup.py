@@ -10,8 +10,8 @@ A document goes where an earlier one, in the order of the store, is like it (whe
               of equal values, an estimate of the shingles' Jaccard index, is 0.8 or more. Of pairs at 0.8, bands find
               95%.
 
-Normalised: NFKC, case folded, words alone. Signatures are files and are mapped; `duplicates` holds about 50 bytes a
-document in memory, whichever the method.
+Normalised: NFKC, case folded, words alone. Signatures are files and are mapped; in memory `duplicates` holds 35 bytes a
+document (exact) or 80 (minhash).
 
 N documents, P permutations.
 """
@@ -61,8 +61,8 @@ class Signatures:
 
     def __init__(self, files: Sequence[Path], method: Method):
         counts = [file.stat().st_size // (method.width * np.dtype(method.dtype).itemsize) for file in files]
-        self._parts = [
-            np.memmap(file, method.dtype, "r", shape=(count, method.width)) if count else None
+        self._parts: list[np.ndarray] = [
+            np.memmap(file, method.dtype, "r", shape=(count, method.width)) if count else np.zeros((0, 1), method.dtype)
             for file, count in zip(files, counts, strict=True)
         ]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -84,10 +84,12 @@ class Signatures:
         """uint64 [N] of some of the signatures' columns."""
         odd = np.random.default_rng(0).integers(1 << 63, size=self._width, dtype=np.uint64)[columns] * 2 + 1
         found = np.empty(len(self), np.uint64)
-        for start in range(0, len(self), CHUNK):
-            chunk = self[np.arange(start, min(start + CHUNK, len(self)))][:, columns].astype(np.uint64)
-            mixed = (chunk + np.uint64(1)) * odd
-            found[start : start + CHUNK] = (mixed ^ mixed >> np.uint64(29)).sum(axis=1, dtype=np.uint64)
+        for part, first in zip(self._parts, self._starts, strict=False):
+            for start in range(0, len(part), CHUNK):
+                chunk = part[start : start + CHUNK, columns].astype(np.uint64)
+                mixed = (chunk + np.uint64(1)) * odd
+                into = first + start
+                found[into : into + len(chunk)] = (mixed ^ mixed >> np.uint64(29)).sum(axis=1, dtype=np.uint64)
         return found
 
 
