@@ -5,9 +5,11 @@
 A small Mistral (random weights, Mistral's own 32,000 pieces) is trained on the embedded Russian and English pages for
 --minutes; it stands for a base that knows some Russian in its own tokens. Its tokenizer is extended by pieces from the
 same training pages, rows are made by each method, and the loss is taken on the held-out pages, without any training.
-All methods see the same tokens. FOCUS gets vectors from the same pages: positive pointwise mutual information within five
-pieces, factored to 100 numbers (Levy & Goldberg 2014), where the paper has fastText. "random" is N(0, 0.02), transformers' mean_resizing=False; "normal" is its
-mean_resizing=True. Nats per character compare models with different tokenizers, too.
+All methods see the same tokens; nats per character compare models with different tokenizers, too.
+
+FOCUS gets vectors from the same pages: positive pointwise mutual information within five pieces, factored to 64 numbers
+(Levy & Goldberg 2014), where the paper has fastText. "random" is N(0, 0.02), transformers' mean_resizing=False;
+"normal" is its mean_resizing=True.
 """
 
 import argparse
@@ -88,7 +90,7 @@ def loss(folder: Path, texts: list[str]) -> tuple[float, float]:
     return total / count, total / sum(map(len, texts))
 
 
-def write_vectors(path: Path, folder: Path, texts: list[str], window: int = 5, width: int = 100) -> None:
+def write_vectors(path: Path, folder: Path, texts: list[str], window: int = 5, width: int = 64) -> None:
     """A vector for each piece of the texts, in fastText's text format."""
     model = pieces.open_model(folder)
     encode, size = pieces.encoder(model), len(model.pieces)
