@@ -193,7 +193,7 @@ def chunked_losses(
         return token_losses(head(hidden), targets, config, t, base_logits, anchored, shared_size)
 
     parts = []
-    for start in range(0, len(hidden), chunk_tokens):
+    for start in range(0, max(len(hidden), 1), chunk_tokens):  # without tokens: one chunk of none
         part = slice(start, start + chunk_tokens)
         others = [None if array is None else array[part] for array in (base_hidden, anchored)]
         parts.append(checkpoint(chunk, hidden[part], targets[part], *others, use_reentrant=False))

@@ -144,6 +144,15 @@ def test_chunks_change_nothing(chunk):
     assert base_head.weight.grad is None
 
 
+def test_a_batch_without_targets_has_no_losses():
+    """A process whose rows are all padding still takes part in the step."""
+    head, none = torch.nn.Linear(H, V, bias=False), torch.zeros(0, dtype=torch.int64)
+    losses = chunked_losses(head, torch.zeros(0, H, requires_grad=True), none, AnchorConfig())
+    assert losses.loss.shape == (0,)
+    losses.loss.sum().backward()
+    assert not head.weight.grad.any()
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation returned."""
 
