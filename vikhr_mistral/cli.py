@@ -64,7 +64,7 @@ def _tokenizer_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--module", default="tasks", metavar="M", help="what registers the task (default tasks)")
     parser.add_argument("--field", default="text", help="of the corpus' rows (default text)")
     parser.add_argument("--donor_size", type=int, default=50_000, metavar="N", help="pieces of the donor (50000)")
-    parser.add_argument("--strategy", default="tail", metavar="S", help="tail, joint, append or replacement (default tail)")
+    parser.add_argument("--strategy", default="tail", metavar="S", help="tail, joint, append, replacement (default tail)")
     parser.add_argument("--script", default="cyrillic", metavar="S", help="of the pieces to take (default cyrillic)")
     parser.add_argument("--size", type=int, metavar="N", help="pieces in the end (default: all that the donor has)")
     parser.add_argument("--texts", action="append", default=[], metavar="S", help="to measure on (default: held out)")
