@@ -74,7 +74,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def test_rows_in_their_order_with_provenance_and_the_failed_ones_beside(tmp_path: Path) -> None:
     output, model = tmp_path / "ru.jsonl", Letters()
     report = translate.translate(source(ROWS), output, model, {"model": "x"}, fields=FIELDS, chunk=4)
-    kept, rejected = read(output), read(tmp_path / "ru.jsonl.rejected.jsonl")
+    kept, rejected = read(output), read(tmp_path / "ru.jsonl.rejected")
     assert kept[0] == {
         "task_name": "nli",
         "id": 3,
@@ -99,7 +99,7 @@ def test_rows_in_their_order_with_provenance_and_the_failed_ones_beside(tmp_path
     assert rejected[2]["source"] == {"inputs": "A sum of 7", "targets": "yes"}
     assert rejected[2]["translation"] == {"inputs": "А сум оф 8", "targets": "ыес"}
     assert str(report).startswith("9 rows read, 3 kept, 6 rejected (cut 1, no_text 2, numbers 1")
-    recorded = json.loads((tmp_path / "ru.jsonl.report.json").read_text())
+    recorded = json.loads((tmp_path / "ru.jsonl.report").read_text())
     assert recorded["report"] == {"total": 9, "read": 9, "kept": 3, "rejected": report.rejected}
     assert (recorded["settings"]["model"], recorded["settings"]["fields"]) == ("x", list(FIELDS))
     assert len(list(tmp_path.iterdir())) == 3
@@ -178,7 +178,7 @@ def test_kill_9_at_any_moment_and_the_same_bytes(tmp_path: Path) -> None:
     def run(output: str, seconds: float | None = None) -> bool:
         """Whether it came to its end before it was killed, `seconds` after it had opened its files."""
         program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), output=str(tmp_path / output))
-        state = tmp_path / f"{output}.partial" / "state.json"
+        state = tmp_path / f"{output}.partial" / "state"
         before = state.stat().st_mtime_ns if state.exists() else None
         process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
         if seconds is not None:
@@ -196,7 +196,7 @@ def test_kill_9_at_any_moment_and_the_same_bytes(tmp_path: Path) -> None:
     for _ in range(4):
         run("killed.jsonl", moments.uniform(0.0, 0.5))
     assert run("killed.jsonl")
-    for suffix in ("", ".rejected.jsonl", ".report.json"):
+    for suffix in ("", ".rejected", ".report"):
         assert (tmp_path / f"killed.jsonl{suffix}").read_bytes() == (tmp_path / f"whole.jsonl{suffix}").read_bytes()
     assert len(read(tmp_path / "killed.jsonl")) == 45
     assert not (tmp_path / "killed.jsonl.partial").exists()
@@ -328,7 +328,7 @@ def test_the_command(
     translated = read(output)
     assert [sorted(row) for row in translated] == [["inputs", "set", "targets"]] * 3
     assert len({row["targets"] for row in translated}) == 1
-    settings = json.loads(Path(f"{output}.report.json").read_text())["settings"]
+    settings = json.loads(Path(f"{output}.report").read_text())["settings"]
     assert (settings["target_lang"], settings["num_beams"], settings["script"]) == ("rus", 1, "Cyrl")
     assert run(capfd, *given, *model, *every)[0] == 0
     assert "made with num_beams 1, not 2" in run(capfd, *given, *model, *every, "--num_beams", "2")[1]

@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
         "vikhr-t5 translate --input flan.jsonl --output flan_ru.jsonl --model facebook/nllb-200-distilled-600M "
         "--source_lang eng_Latn --target_lang rus_Cyrl",
         "Languages as the model names them: NLLB eng_Latn and rus_Cyrl, MADLAD ru, Marian (opus-mt) rus or none.\n"
-        "Stopped or killed, it goes on where it was. Rejected rows: OUTPUT.rejected.jsonl. See docs/translation.md.",
+        "Stopped or killed, it goes on where it was. Rejected rows: OUTPUT.rejected. See docs/translation.md.",
     )
     translate.add_argument("--input", metavar="F,G", help="JSON lines or Parquet, folders of them, or a hub's dataset")
     translate.add_argument("--mixture", metavar="NAME", help="a seqio task or mixture, in place of files")

@@ -1,9 +1,11 @@
 """A translated set of instructions: rows in, the same rows in another language out, failed ones beside them.
 
     OUTPUT                  JSON lines: the row's other fields, then `inputs` and `targets`, in the order of the source
-    OUTPUT.rejected.jsonl   where, reason, field, source, translation
-    OUTPUT.report.json      settings, rows read and kept, rejected by reason
+    OUTPUT.rejected         JSON lines: where, reason, field, source, translation
+    OUTPUT.report           JSON: settings, rows read and kept, rejected by reason
     OUTPUT.partial/         while it runs: what is done, and up to where
+
+Only OUTPUT has a name that a reader of a folder takes for data.
 
 Rows are translated a chunk at a time. After each chunk its rows are synced to disk, then the position is; a run that
 was killed begins with the chunk it was in, so that the result is the same bytes. A sentence that stands twice in a
@@ -28,7 +30,7 @@ from vikhr_t5.files import sync_directory, write_text_atomic
 from vikhr_t5.progress import Progress
 from vikhr_t5.translation_text import REASONS, SCRIPTS, Masked, Part, Unit
 
-CHUNK = 1000  # rows
+CHUNK = 400  # rows
 NO_TEXT = "no_text"  # a row whose inputs or targets are null, no text, or blank
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, and its fields
@@ -112,14 +114,14 @@ def translate(
 
 
 class _Files:
-    """What is on disk. `state.json` holds the settings, the counts, and the sizes of the files they are counts of."""
+    """What is on disk. `state` holds the settings, the counts, and the sizes of the files they are counts of."""
 
     def __init__(self, output: Path):
         self.output = output
-        self.rejected = Path(f"{output}.rejected.jsonl")
-        self.report = Path(f"{output}.report.json")
+        self.rejected = Path(f"{output}.rejected")
+        self.report = Path(f"{output}.report")
         self.partial = Path(f"{output}.partial")
-        self.state = self.partial / "state.json"
+        self.state = self.partial / "state"
         self._handles: Sequence[BinaryIO] = ()
         self._settings: Mapping[str, Any] = {}
 
@@ -163,7 +165,7 @@ class _Files:
             report = Report(**record["report"])
             with contextlib.ExitStack() as stack:
                 if report.read < report.total:
-                    paths = [self.partial / name for name in ("kept.jsonl", "rejected.jsonl")]
+                    paths = [self.partial / name for name in ("kept", "rejected")]
                     self._handles = [stack.enter_context(open(path, "ab")) for path in paths]
                     for path, handle, size in zip(paths, self._handles, record["sizes"], strict=True):
                         if handle.tell() < size:
@@ -188,7 +190,7 @@ class _Files:
         state = json.loads(self.state.read_text(encoding="utf-8"))
         del state["sizes"]
         write_text_atomic(self.report, json.dumps(state, ensure_ascii=False, indent=2))
-        for name, final in (("rejected.jsonl", self.rejected), ("kept.jsonl", self.output)):
+        for name, final in (("rejected", self.rejected), ("kept", self.output)):
             if (self.partial / name).exists():
                 os.replace(self.partial / name, final)
         sync_directory(self.output.parent)
