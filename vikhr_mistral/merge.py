@@ -24,6 +24,7 @@ import numpy as np
 
 from conversion.weights import SAFETENSORS, Tensor, open_weights, read_safetensors
 from vikhr_mistral import fingerprint
+from vikhr_mistral.outputs import check_output
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
 from vikhr_t5.progress import Progress
@@ -74,7 +75,7 @@ def merge(
 
     Args:
         adapter_dir: what `pretrain` or `instruct` wrote, or peft's `save_pretrained`.
-        output_dir: replaced if it is there.
+        output_dir: replaced if it is a model.
         base_dir: the base model's folder (default: the one that the adapter names).
 
     Raises:
@@ -89,6 +90,7 @@ def merge(
     for source in (adapter.folder, base):
         if output.exists() and source.exists() and output.samefile(source):
             raise UserError(f"{output} is where the adapter or its base lies: give another folder for the result")
+    check_output(output, "config.json")
     tensors = open_weights(base)
     changes = fitting_changes(adapter, tensors, base)
     fingerprint.check(adapter.folder, base)

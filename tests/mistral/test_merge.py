@@ -198,6 +198,10 @@ def test_folders_that_are_none_and_files_that_are_cut(base, adapter, tmp_path):
         merge(base, tmp_path / "merged")
     with pytest.raises(UserError, match="give another folder"):
         merge(adapter, base)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(UserError, match="is not empty"):
+        merge(adapter, tmp_path / "mine")
     shutil.copytree(adapter, tmp_path / "cut")
     weights = tmp_path / "cut" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
