@@ -3,8 +3,9 @@
 Letters: B rows, L row length, H hidden size.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,27 @@ class Reference:
         training = model.training
         model.eval()  # no dropout in the base
         try:
-            with adapters.disable_adapter():
+            with adapters_off(adapters):
                 return model(input_ids=ids, position_ids=positions)
         finally:
             model.train(training)
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """PEFT's `disable_adapter` without its change of requires_grad: under FSDP2 it would put the gradients back on
+    gathered weights only, and trained copies of embeddings and head would stay frozen."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def load_copy(folder: str, config: AnchorConfig, dtype: torch.dtype, attention: str, device: torch.device) -> Any:
