@@ -64,9 +64,7 @@ def _tokenizer_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--module", default="tasks", metavar="M", help="what registers the task (default tasks)")
     parser.add_argument("--field", default="text", help="of the corpus' rows (default text)")
     parser.add_argument("--donor_size", type=int, default=50_000, metavar="N", help="pieces of the donor (50000)")
-    parser.add_argument(
-        "--strategy", default="tail", metavar="S", help="tail (default), joint, append, replacement"
-    )
+    parser.add_argument("--strategy", default="tail", metavar="S", help="tail (default), joint, append, replacement")
     parser.add_argument("--script", default="cyrillic", metavar="S", help="of the pieces to take (default cyrillic)")
     parser.add_argument("--size", type=int, metavar="N", help="pieces in the end (default: all that the donor has)")
     parser.add_argument("--texts", action="append", default=[], metavar="S", help="to measure on (default: held out)")
@@ -90,7 +88,6 @@ def _init_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--method", default="mean", metavar="M", help="mean, weighted_mean, normal or focus (mean)")
     parser.add_argument("--auxiliary", metavar="F", help="of focus: vectors of the new tokenizer's pieces")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of normal")
-    parser.add_argument("--auxiliary", metavar="F", help="of focus: a .vec file of word vectors")
     parser.add_argument("--base_tokenizer", metavar="M", help="where the base's folder has no tokenizer.model")
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
     parser.add_argument("--verify", action="store_true", help="text of old pieces must get identical logits")
@@ -182,7 +179,6 @@ def _init(flags: argparse.Namespace) -> None:
         seed=flags.seed,
         auxiliary=flags.auxiliary,
         base_tokenizer=flags.base_tokenizer,
-        auxiliary=flags.auxiliary,
         verify=flags.verify,
         max_shard_size=flags.max_shard_size,
     )
