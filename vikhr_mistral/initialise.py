@@ -17,10 +17,10 @@ from rich.table import Table
 from conversion import safetensors
 from conversion.weights import Tensor, open_weights
 from vikhr_mistral import embeddings, focus, initialise_check, pieces, tokenizer_files
-from vikhr_mistral.outputs import check_output
+from vikhr_mistral.outputs import check_output, room
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
-from vikhr_t5.progress import Progress, human
+from vikhr_t5.progress import Progress
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MATRICES = {EMBEDDING: "embed_tokens", HEAD: "lm_head"}
@@ -78,7 +78,6 @@ def init(
         shapes[name] = (len(plan.kinds), shapes[name][1])
     dtype = _dtype(tensors, base)
     total = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
-    _check_room(output, total)
     norms: dict[str, dict[str, float]] = {}
 
     def new_rows(name: str, old: np.ndarray) -> np.ndarray:
@@ -90,7 +89,8 @@ def init(
         for name, tensor in tensors.items():
             yield name, new_rows(name, tensor.read()) if name in MATRICES else tensor.read()
 
-    with atomic_path(output) as folder, Progress(f"writing {output}", total, unit="bytes") as progress:
+    shown = Progress(f"writing {output}", total, unit="bytes")
+    with room(output, total), atomic_path(output) as folder, shown as progress:
         folder.mkdir()
         safetensors.write_sharded(folder, shapes, arrays(), dtype, limit, progress.advance)
         _write_json(folder / "config.json", {**config, "vocab_size": len(plan.kinds)})
@@ -157,12 +157,6 @@ def _dtype(tensors: dict[str, Tensor], base: Path) -> np.dtype:
     if len(found) > 1:
         raise UserError(f"{base} stores its tensors as {' and '.join(found)}: save it in one type first")
     return next(iter(tensors.values())).dtype
-
-
-def _check_room(output: Path, needed: int) -> None:
-    parent = next(place for place in output.absolute().parents if place.exists())
-    if (free := shutil.disk_usage(parent).free) < needed:
-        raise UserError(f"{parent}: the model takes {human(needed)}B and {human(free)}B are free: make room")
 
 
 def _write_json(path: Path, value: Any) -> None:

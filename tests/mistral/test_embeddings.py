@@ -1,9 +1,11 @@
 """`vikhr-mistral init` on a small model with Mistral's own tokenizer: rows, logits, and what is refused."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conversion import safetensors
 from vikhr_mistral import donor as donors
 from vikhr_mistral import embeddings, merging, pieces, tokenizer_files
 from vikhr_mistral.initialise import EMBEDDING, HEAD, init
@@ -307,3 +310,21 @@ def test_other_bad_input(base: Path, tokenizer_dir: Path, mistral: Any, tmp_path
     with pytest.raises(UserError, match="is not made from the base's tokenizer: its bos_id differs"):
         init(base, tmp_path / "swapped.model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="there is no /dev/full")
+def test_a_full_disk_is_one_line(
+    base: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: Any) -> None:
+        with open("/dev/full", "wb", buffering=0) as out:
+            out.write(b"weights")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "write_sharded", write)
+        with pytest.raises(UserError, match=r"the disk filled while the model was written: .* nothing was kept"):
+            init(base, tokenizer_dir, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(UserError, match=r"no room for the model: 8\.53MB are needed and 1MB are free"):
+        init(base, tokenizer_dir, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
