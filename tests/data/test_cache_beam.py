@@ -18,14 +18,21 @@ def _quiet(monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)
 
 
-@pytest.mark.parametrize("dedup", [None, "exact"])
-def test_files_are_those_of_a_local_run(module, data, dedup):
+@pytest.mark.parametrize(
+    ("dedup", "mode"),
+    [
+        (None, "multi_threading"),
+        ("exact", "multi_threading"),
+        pytest.param("exact", "multi_processing", marks=pytest.mark.slow),
+    ],
+)
+def test_files_are_those_of_a_local_run(module, data, dedup, mode):
     pages = (data / "pages.txt").read_text("utf-8")
     (data / "pages.txt").write_text(f"{pages}\n\n{pages[:30_000]}", encoding="utf-8")
     name = module(piece_bytes=40_000)
     task = f"{name}_text"
     local = cache(task, name, "local", dedup_method=dedup)[task]["train"]
-    options = "--direct_running_mode=multi_threading --direct_num_workers=2"
+    options = f"--direct_running_mode={mode} --direct_num_workers=2"
     beam = cache(task, name, "cache", dedup_method=dedup, beam_runner=RUNNER, beam_options=options)[task]["train"]
     assert len(beam.shards) > 3
     assert beam == local
