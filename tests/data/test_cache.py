@@ -47,7 +47,8 @@ seqio.MixtureRegistry.add(NAME, [NAME + "_pairs", NAME + "_long", NAME + "_plain
                 assert tokens.tolist() == example[feature].tolist()
                 assert tokens[-1] == 1
         assert store.manifest.transform is None
-        assert store.manifest.frozen == (["append_eos_after_trim"] if task.endswith("long") else [])
+        assert store.manifest.frozen == []
+        assert store.manifest.eos_after_trim == task.endswith("long")
 
 
 def test_bytes_are_those_of_seqio(module, tmp_path):

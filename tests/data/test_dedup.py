@@ -174,7 +174,7 @@ def test_the_trainer_keeps_the_deduplication(module: Callable[..., str], repeate
 
 
 def test_what_cannot_be_compared(module: Callable[..., str], monkeypatch):
-    name = module('add(NAME + "_x", source=pairs, preprocessors=[to_both, tokenize, append_eos_after_trim])')
+    name = module('add(NAME + "_x", source=pairs, preprocessors=[to_both, tokenize, append_eos, tokenize])')
     with pytest.raises(UserError, match="--dedup compares texts, and its preprocessors do not end with"):
         cache_module.cache(f"{name}_x", name, "cache", dedup_method="exact")
     with pytest.raises(UserError, match="--dedup minhsh: nearest: minhash, or none"):

@@ -89,7 +89,7 @@ def plan(task: seqio.Task, split: str, module: str, method: str | None) -> Plan:
     Raises:
         UserError: a task that cannot be cached; a split without data.
     """
-    _, frozen, transform = cut(task)
+    steps, frozen, transform = cut(task)
     files = _data_files(task.source, split)
     num_shards = min(len(task.source.list_shards(split)), MAX_SHARDS)
     if not num_shards:
@@ -117,6 +117,7 @@ def plan(task: seqio.Task, split: str, module: str, method: str | None) -> Plan:
         provenance,
         versions,
         dedup.method(method).parameters if method else None,
+        seqio.preprocessors.append_eos_after_trim in steps,
     )
     return Plan(manifest, num_shards, getattr(task.source, "max_bad_lines", 0))
 

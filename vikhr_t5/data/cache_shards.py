@@ -112,6 +112,10 @@ def _tokens_and_lengths(column: pa.LargeListArray) -> tuple[np.ndarray, np.ndarr
 # ---- a task's preprocessors ------------------------------------------------------------------------------------------
 
 
+# Both add EOS to the whole example here; where it is trimmed, the manifest says whether EOS stays.
+_APPEND_EOS = (seqio.preprocessors.append_eos, seqio.preprocessors.append_eos_after_trim)
+
+
 def cut(task: seqio.Task) -> tuple[list[Preprocessor], list[str], dict[str, Any] | None]:
     """The preprocessors to run before the cache, the names of those that would come after it, what does come after.
 
@@ -137,7 +141,7 @@ def cut(task: seqio.Task) -> tuple[list[Preprocessor], list[str], dict[str, Any]
                     "for denoising use tasks.preprocessors.Denoise"
                 )
             steps.append(step)
-            if after_placeholder and step is not seqio.preprocessors.append_eos:
+            if after_placeholder and step not in _APPEND_EOS:
                 frozen.append(name)
     return steps, frozen, transform
 
@@ -192,7 +196,7 @@ def _explained() -> Iterator[None]:
 def _examples(task: seqio.Task, job: ShardJob, read: tf.Variable) -> tuple[bool, Iterator[Examples]]:
     """Whether the examples name their tasks, and batches of a shard's examples. `read` counts those of the source."""
     steps, _, _ = cut(task)
-    append_eos = steps[-1:] == [seqio.preprocessors.append_eos]
+    append_eos = bool(steps) and steps[-1] in _APPEND_EOS
     head = steps[:-1] if append_eos else steps
     if head[-1:] == [seqio.preprocessors.tokenize]:
         texts = _features(task, _dataset(task, head[:-1], job, read), job)

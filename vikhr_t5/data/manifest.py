@@ -94,7 +94,8 @@ class Manifest:
     """Everything about one split of one task. `transform` is what must still be applied to the tokens after the cache
     (the JSON of `post_cache_transform()`, e.g. a denoiser mixture) or None; `frozen` names the preprocessors that the
     task has after its cache placeholder and that were applied before it all the same; `dedup` has the parameters of the
-    deduplication of documents, or None."""
+    deduplication of documents, or None; `eos_after_trim`: an example that is too long keeps its EOS when it is trimmed
+    (`seqio.preprocessors.append_eos_after_trim`)."""
 
     task: str
     split: str
@@ -105,6 +106,7 @@ class Manifest:
     provenance: Provenance
     versions: dict[str, str]
     dedup: dict[str, Any] | None = None
+    eos_after_trim: bool = False
 
     @property
     def num_examples(self) -> int:
@@ -141,7 +143,7 @@ class Manifest:
         mine, other = self.provenance, planned.provenance
         if self.features != planned.features:
             return "its features or their vocabulary have changed"
-        if self.transform != planned.transform:
+        if (self.transform, self.eos_after_trim) != (planned.transform, planned.eos_after_trim):
             return "what is applied after the cache, such as its denoisers, has changed"
         if self.dedup != planned.dedup:
             return f"deduplication was {_in_words(self.dedup)} and is {_in_words(planned.dedup)}"

@@ -285,10 +285,18 @@ class ExampleRows:
         Layout(lengths, sources, *self.lengths).write(batch, place, segments)
 
     def _segment(self, index: int) -> Segment:
-        longest_inputs, longest_targets = self.lengths
         example, names = self.store.example(index), self.store.names
+        sides = zip(("inputs", "targets"), self.lengths, strict=True)
+        inputs, targets = (self._trimmed(side, example[side], length) for side, length in sides)
         source = self._first_source + (0 if names is None else int(names[0][index]))
-        return Segment(None, None, example["inputs"][:longest_inputs], example["targets"][:longest_targets], source)
+        return Segment(None, None, inputs, targets, source)
+
+    def _trimmed(self, feature: str, tokens: np.ndarray, length: int) -> np.ndarray:
+        """As seqio trims: the first tokens, of which the last is EOS where the task appends it after trimming."""
+        manifest = self.store.manifest
+        if len(tokens) > length and manifest.eos_after_trim and manifest.features[feature].add_eos:
+            return np.append(tokens[: length - 1], tokens[-1:])
+        return tokens[:length]
 
     def _saved_plan(self, lengths: np.ndarray, seed: int) -> ExamplePlan:
         """First-fit over millions of examples takes a while, so its result stays beside the store."""

@@ -115,7 +115,9 @@ class TokenStore:
         """sha256 hex of the tokens, the vocabulary and the transform; equal for equal data wherever it was cached."""
         m = self.manifest
         vocabularies = {name: feature.vocabulary for name, feature in m.features.items()}
-        content = [m.task, m.split, vocabularies, m.transform, [shard.digest for shard in m.shards]]
+        content: list[Any] = [m.task, m.split, vocabularies, m.transform, [shard.digest for shard in m.shards]]
+        if m.eos_after_trim:
+            content.append("eos_after_trim")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def num_tokens(self, feature: str) -> int:
