@@ -13,7 +13,6 @@ FOCUS gets vectors from the same pages: positive pointwise mutual information wi
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from vikhr_mistral import embeddings, initialise, pieces, tokenizer, tokenizer_files
-from vikhr_mistral.corpus import read_texts
 from vikhr_t5.data.hashing import text_hash
+from vikhr_t5.data.records import read_texts
 
 DATA = Path(__file__).resolve().parents[1] / "tasks" / "demo_data"
 HELD_OUT, BLOCK, BATCH = 0.05, 256, 16
@@ -120,32 +119,38 @@ def randomize(source: Path, target: Path, old_size: int) -> None:
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
 
 
+def compare(work_dir: Path, minutes: float, donor_size: int) -> dict[str, tuple[float, float]]:
+    """Method -> nats per token and per character of held-out Russian; of the base under "base"."""
+    base, extended = work_dir / "base", work_dir / "tokenizer"
+    if not base.exists():
+        train_base(base, minutes)
+    (work_dir / "ru.txt").write_text("\n\n".join(pages("ru", False)), encoding="utf-8")
+    tokenizer.extend("mistral", extended, corpus=[str(work_dir / "ru.txt")], donor_size=donor_size)
+    russian, english = pages("ru", True), pages("en", True)[:20]
+    rows = {"base": loss(base, russian)}
+    write_vectors(work_dir / "pieces.vec", extended, pages("ru", False))
+    for method in embeddings.METHODS:
+        auxiliary = str(work_dir / "pieces.vec") if method == embeddings.FOCUS else None
+        initialise.init(base, extended, work_dir / method, method=method, auxiliary=auxiliary, verify=True)
+        rows[method] = loss(work_dir / method, russian)
+    randomize(work_dir / "mean", work_dir / "random", 32000)
+    rows["random"] = loss(work_dir / "random", russian)
+    print(f"held-out Russian: {len(russian)} pages, {sum(map(len, russian)):,} characters")
+    for name, (per_token, per_character) in rows.items():
+        print(f"{name:14} {per_token:.3f} nats/token {per_character:.3f} nats/character")
+    before, after = loss(base, english)[1], loss(work_dir / "mean", english)[1]
+    print(f"held-out English: {before:.4f} nats/character before, {after:.4f} after")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--donor_size", type=int, default=12_000)
     flags = parser.parse_args()
-    base, extended = flags.work_dir / "base", flags.work_dir / "tokenizer"
-    if not base.exists():
-        train_base(base, flags.minutes)
-    (flags.work_dir / "ru.txt").write_text("\n\n".join(pages("ru", False)), encoding="utf-8")
-    tokenizer.extend("mistral", extended, corpus=[str(flags.work_dir / "ru.txt")], donor_size=flags.donor_size)
-    russian, english = pages("ru", True), pages("en", True)[:20]
-    rows = {"base": loss(base, russian)}
-    write_vectors(flags.work_dir / "pieces.vec", extended, pages("ru", False))
-    for method in embeddings.METHODS:
-        auxiliary = str(flags.work_dir / "pieces.vec") if method == embeddings.FOCUS else None
-        initialise.init(base, extended, flags.work_dir / method, method=method, auxiliary=auxiliary, verify=True)
-        rows[method] = loss(flags.work_dir / method, russian)
-    randomize(flags.work_dir / "mean", flags.work_dir / "random", 32000)
-    rows["random"] = loss(flags.work_dir / "random", russian)
-    print(f"held-out Russian: {len(russian)} pages, {sum(map(len, russian)):,} characters")
-    for name, (per_token, per_character) in rows.items():
-        print(f"{name:14} {per_token:.3f} nats/token {per_character:.3f} nats/character")
-    before, after = loss(base, english)[1], loss(flags.work_dir / "mean", english)[1]
-    print(f"held-out English: {before:.4f} nats/character before, {after:.4f} after")
-    (flags.work_dir / "losses.json").write_text(json.dumps(rows, indent=2))
+    flags.work_dir.mkdir(parents=True, exist_ok=True)
+    compare(flags.work_dir, flags.minutes, flags.donor_size)
 
 
 if __name__ == "__main__":

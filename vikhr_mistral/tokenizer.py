@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vikhr_mistral import corpus as corpora
 from vikhr_mistral import donor as donors
 from vikhr_mistral import merging, pieces, tokenizer_files, tokenizer_report
 from vikhr_mistral.outputs import check_output
 from vikhr_t5.data.hashing import text_hash
+from vikhr_t5.data.records import read_texts
 from vikhr_t5.data.task_texts import read_task
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
@@ -41,7 +41,7 @@ def extend(
 
     Args:
         base: a SentencePiece model, a folder with tokenizer.model, or "mistral" (`pieces.open_model`).
-        corpus: what to train a donor on: sources of `corpus.read_texts`. One document in a hundred is held out.
+        corpus: what to train a donor on: sources of `records.read_texts`. One document in a hundred is held out.
         donor: a SentencePiece model in place of a corpus.
         task, module: a seqio task or mixture that the module registers, in place of files; its text is taken before it
             is tokenized.
@@ -70,14 +70,14 @@ def extend(
         donor_model = pieces.open_model(donor)
     else:
         with Progress("reading the corpus", None, unit="documents") as bar:
-            documents = _task_texts(task, module) if task else (text for _, text in corpora.read_texts(corpus, field))
+            documents = _task_texts(task, module) if task else (text for _, text in read_texts(corpus, field))
             to_train = _train_documents(documents, held_out, bar)
             donor_model = donors.train(to_train, base_model, donor_size, num_threads=num_threads)
     pieces.check_donor(donor_model, donor or "")
     merged = merging.merge(base_model, donor_model, strategy, script, size)
-    lines = _lines(text for _, text in corpora.read_texts(texts, field)) if texts else _lines(held_out)
+    lines = _lines(text for _, text in read_texts(texts, field)) if texts else _lines(held_out)
     lines = lines or _lines(_embedded("ru.txt"))
-    base_lines = _lines(text for _, text in corpora.read_texts(base_texts, field)) if base_texts else []
+    base_lines = _lines(text for _, text in read_texts(base_texts, field)) if base_texts else []
     base_lines = base_lines or _lines(_embedded("en.txt"))
     with atomic_path(output_dir) as folder:
         folder.mkdir()
