@@ -217,7 +217,12 @@ def at_published_sizes(cached: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("name", "lengths"), [("vikhr_flan", (64, 24)), ("vikhr_flan_ul2", (144, 72)), ("half_denoised", (144, 72))]
+    ("name", "lengths"),
+    [
+        ("vikhr_flan", (64, 24)),
+        ("half_denoised", (144, 72)),
+        pytest.param("vikhr_flan_ul2", (144, 72), marks=pytest.mark.slow),
+    ],
 )
 def test_the_batches_have_the_rates_of_the_mixture(at_published_sizes, vocabulary, name, lengths):
     """Within 1% of each task's nominal share of the examples, on 100,000 of them; and of each denoiser's share of the
