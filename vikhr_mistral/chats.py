@@ -86,7 +86,7 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase", system_prompt: str =
 
 def encode(tokenizer: "PreTrainedTokenizerBase", chat: Chat) -> Example:
     """A chat in tokens, with the loss on the bot's turns."""
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         [{"role": turn.role, "content": turn.content} for turn in chat],
         return_dict=True,
         return_assistant_tokens_mask=True,

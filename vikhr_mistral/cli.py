@@ -184,15 +184,24 @@ def _init(flags: argparse.Namespace) -> None:
     )
 
 
+def _hide_bars() -> None:
+    """Those of transformers, which show seconds of loading and break the lines of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _pretrain(flags: argparse.Namespace) -> None:
     from vikhr_mistral import pretrain
 
+    _hide_bars()
     pretrain.pretrain(config_file(flags.config), flags.overrides)
 
 
 def _instruct(flags: argparse.Namespace) -> None:
     from vikhr_mistral import instruct
 
+    _hide_bars()
     instruct.instruct(config_file(flags.config), flags.overrides)
 
 
@@ -206,6 +215,7 @@ def _merge(flags: argparse.Namespace) -> None:
 def _chat(flags: argparse.Namespace) -> None:
     from vikhr_mistral import chat
 
+    _hide_bars()
     sampling = chat.Sampling(
         temperature=flags.temperature,
         top_p=flags.top_p,

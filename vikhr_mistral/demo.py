@@ -5,13 +5,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vikhr_mistral import pieces, tokenizer_files
 from vikhr_t5.data.hashing import text_hash
 from vikhr_t5.data.records import read_rows, read_texts
 from vikhr_t5.files import atomic_path
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -12,9 +12,11 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import vikhr_mistral
 from vikhr_mistral.config import read_config
+from vikhr_mistral.demo import MODEL
 from vikhr_mistral.instruct import InstructConfig
 from vikhr_mistral.models import add_adapters
 from vikhr_mistral.pretrain import PretrainConfig
+from vikhr_t5.data.chats import PUBLISHED
 
 CONFIGS = Path(vikhr_mistral.__file__).parent / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -35,9 +37,9 @@ def mistral_7b_shape() -> dict[str, object]:
     return {**config.to_dict(), "vocab_size": ROWS, "tie_word_embeddings": False}
 
 
-def abstract_model(config: PretrainConfig | InstructConfig) -> torch.nn.Module:
+def abstract_model(config: PretrainConfig | InstructConfig, shape: dict[str, object]) -> torch.nn.Module:
     with torch.device("meta"):
-        model = MistralForCausalLM(MistralConfig(**mistral_7b_shape())).to(getattr(torch, config.dtype))
+        model = MistralForCausalLM(MistralConfig(**shape)).to(getattr(torch, config.dtype))
     if config.trainable != "full":
         model = add_adapters(config.model, model, config.trainable, config.lora, config.new_rows_from)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -65,7 +67,7 @@ def test_a_recipe_fits_its_machine_and_trains_what_it_says(path):
     config = read(path)
     count, gib = next(machine for name, machine in GPUS.items() if name in path.stem)
     assert config.train.accumulation(count) >= 1
-    model = abstract_model(config)
+    model = abstract_model(config, mistral_7b_shape())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     text = path.read_text(encoding="utf-8")
@@ -88,6 +90,16 @@ def test_a_recipe_fits_its_machine_and_trains_what_it_says(path):
         assert "flash" not in config.attention
 
 
+@pytest.mark.parametrize("name", ["demo_pretrain", "demo_instruct"])
+def test_the_demos_recipes_train_its_model(name):
+    config = read(CONFIGS / f"{name}.yaml")
+    model = abstract_model(config, {**MODEL, "vocab_size": ROWS})
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == (39 if config.trainable == "full" else 4 * 4 * 2 + 2)
+    assert config.sequence_length <= MODEL["max_position_embeddings"]
+    assert config.train.accumulation(1) == 1
+
+
 def test_the_instruct_recipe_is_saigas():
     config = read(CONFIGS / "vikhr_7b_instruct.yaml")
     train, lora = config.train, config.lora
@@ -100,8 +112,6 @@ def test_the_instruct_recipe_is_saigas():
         "bfloat16",
         "bfloat16",
     )
-    from vikhr_t5.data.chats import PUBLISHED
-
     assert set(config.chats) == set(PUBLISHED)
 
 
