@@ -534,7 +534,7 @@ def _texts(files: str, fields: str) -> Iterator[str]:
 
     sources = [name for name in files.split(",") if name]
     for field in fields.split(","):
-        yield from (text for _, text in records.read_texts(sources, field))
+        yield from records.read_lines(sources, field)
 
 
 def _vocab_chart(flags: argparse.Namespace) -> None:

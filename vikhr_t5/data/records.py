@@ -1,13 +1,13 @@
 """Rows of published files, all their fields, without seqio: text, JSON lines, Parquet, saved datasets, hub names."""
 
-import contextlib
+import codecs
 import glob
-import gzip
+import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from vikhr_t5.errors import UserError, nearest
 
@@ -46,6 +46,22 @@ def read_texts(source: str | Sequence[str], field: str = "text") -> Iterator[tup
             yield where, text
 
 
+def read_lines(source: str | Sequence[str], field: str = "text") -> Iterator[str]:
+    """Text files line by line, however long they are; of other rows the texts of `field`, which may hold several lines.
+
+    Raises:
+        UserError: as `read_texts`; a text file has the field "text" alone.
+    """
+    for one in [source] if isinstance(source, str) else source:
+        for file in source_files(one) or [one]:
+            if _kind(file) != ".txt":
+                yield from (text for _, text in read_texts(file, field))
+            elif field != "text":
+                raise UserError(f"{file} has no field {field!r}: it is plain text, whose field is 'text'")
+            else:
+                yield from (line for _, line in _lines(file))
+
+
 def source_files(source: str) -> list[str]:
     """The files that a source names, sorted; none for a saved dataset or a hub name."""
     path = Path(source)
@@ -74,21 +90,27 @@ def _kind(name: str) -> str | None:
     return next((suffix for suffix in _SUFFIXES if bare.endswith(suffix)), None)
 
 
-@contextlib.contextmanager
-def _open_text(file: str) -> Iterator[TextIO]:
-    if file.endswith(".gz"):
-        with gzip.open(file, "rt", encoding="utf-8") as handle:
-            yield handle
-    elif file.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{file} needs the package zstandard: pip install zstandard") from None
-        with zstandard.open(file, "rt", encoding="utf-8") as handle:
-            yield handle
-    else:
-        with open(file, encoding="utf-8") as handle:
-            yield handle
+def _open(file: str) -> BinaryIO:
+    """The bytes of a file, decompressed where it ends in .gz or .zst."""
+    import pyarrow as pa
+
+    if file.endswith((".gz", ".zst")):
+        return io.BufferedReader(pa.input_stream(file, compression="detect"), 1 << 20)
+    return open(file, "rb")
+
+
+def _lines(file: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its end). UserError names the line that cannot be read."""
+    number = 0
+    try:
+        with _open(file) as handle:
+            for number, line in enumerate(handle, 1):
+                yield number, line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+        raise UserError(f"{file}:{number}: cannot be read: {reason}; convert the file or drop the line") from None
+    except OSError as error:
+        raise UserError(f"{file}:{number + 1}: cannot be read ({error})") from None
 
 
 def _rows_of_file(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -97,46 +119,44 @@ def _rows_of_file(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file}: not one of {', '.join(_SUFFIXES)} (.gz, .zst)")
     if kind == ".parquet":
         yield from _parquet_rows(file)
-        return
-    number = 0
-    try:
-        with _open_text(file) as lines:
-            if kind == ".txt":
-                first, paragraph = 1, list[str]()
-                for number, line in enumerate(itertools.chain(lines, [""]), 1):
-                    if line.strip():
-                        first = first if paragraph else number
-                        paragraph.append(line)
-                    elif paragraph:
-                        yield f"{file}:{first}", {"text": "".join(paragraph).strip("\n")}
-                        paragraph = []
-                return
-            if kind == ".json" and (whole := _json_list(file)) is not None:
-                for i, row in enumerate(whole):
-                    yield f"{file}[{i}]", _object(row, f"{file}[{i}]")
-                return
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{file}:{number}"
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from None
-                    yield where, _object(row, where)
-    except (UnicodeDecodeError, EOFError, OSError) as error:
-        raise UserError(f"{file}:{number + 1}: cannot be read ({error})") from None
+    elif kind == ".txt":
+        yield from _documents(file)
+    elif kind == ".json" and (whole := _json_list(file)) is not None:
+        for i, row in enumerate(whole):
+            yield f"{file}[{i}]", _object(row, f"{file}[{i}]")
+    else:
+        for number, line in _lines(file):
+            if line.strip():
+                where = f"{file}:{number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from None
+                yield where, _object(row, where)
+
+
+def _documents(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    first, paragraph = 1, list[str]()
+    for number, line in itertools.chain(_lines(file), [(0, "")]):
+        if line.strip():
+            first = first if paragraph else number
+            paragraph.append(line.rstrip("\r\n"))
+        elif paragraph:
+            yield f"{file}:{first}", {"text": "\n".join(paragraph)}
+            paragraph = []
 
 
 def _json_list(file: str) -> list[Any] | None:
     """A .json file that is one list; None where it is lines of objects."""
-    with _open_text(file) as handle:
-        if handle.read(4096).lstrip()[:1] != "[":
+    try:
+        with _open(file) as handle:
+            start = handle.read(4096).lstrip()[:1]
+        if start != b"[":
             return None
-    with _open_text(file) as handle:
-        try:
+        with _open(file) as handle:
             return json.load(handle)
-        except ValueError as error:
-            raise UserError(f"{file}: not JSON ({error})") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: not JSON ({error})") from None
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

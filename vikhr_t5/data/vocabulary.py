@@ -329,14 +329,14 @@ def read_lines(texts: Iterable[str] | Iterable[Path]) -> Iterator[str]:
     """The lines of texts and files that are not blank, long ones in parts, cut at a space where there is one."""
     for text in texts:
         for line in text.splitlines() if isinstance(text, str) else _file_lines(text):
-            line = line.strip()
-            while len(line) > _LINE_CHARACTERS:
-                space = line.rfind(" ", 1, _LINE_CHARACTERS)
-                cut = space if space > 0 else _LINE_CHARACTERS
-                yield line[:cut]
-                line = line[cut:].lstrip()
+            line, start = line.strip(), 0
+            while len(line) - start > _LINE_CHARACTERS:
+                space = line.rfind(" ", start + 1, start + _LINE_CHARACTERS)
+                cut = space if space > 0 else start + _LINE_CHARACTERS
+                yield line[start:cut]
+                start = cut + (line[cut] == " ")
             if line:
-                yield line
+                yield line[start:]
 
 
 def _file_lines(path: Path) -> Iterator[str]:
