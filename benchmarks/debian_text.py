@@ -35,6 +35,7 @@ PACKAGES = (  # without developers-reference-ru, whose pages stand there a secon
 # What the name of a file in a language contains; manuals in English have no folder of their own, and are not read.
 LANGUAGES = {
     "ru": re.compile(r"[/._](ru|ru[-_]RU)([/._]|$)"),
+    "uk": re.compile(r"[/._](uk|uk[-_]UA)([/._]|$)"),
     "en": re.compile(r"[/._](en|en[-_]US|C)([/._]|$)"),
 }
 BLOCKS = {
