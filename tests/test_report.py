@@ -221,6 +221,15 @@ def test_a_run_that_was_killed(tmp_path: Path) -> None:
     assert next(c for c in shown.charts if c["title"] == "Step time")["series"][0]["step"][-1] == 110
 
 
+def test_settings_of_vikhr_mistral(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "chats", DENOISERS, 0, 100)
+    (folder / "config.gin").unlink()
+    (folder / "config.yaml").write_text("train:\n  max_steps: 100\n")
+    report([folder], tmp_path / "report.html")
+    assert "settings, chats" in _Page(tmp_path / "report.html").text
+    assert "max_steps: 100" in _Page(tmp_path / "report.html").text
+
+
 def test_a_run_without_a_step_yet(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "new", DENOISERS, 0, 10)
     (folder / "metrics.jsonl").write_text('{"kind": "start", "step": 0, "time": 1.7e9}\n')

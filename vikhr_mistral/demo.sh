@@ -39,4 +39,4 @@ echo "$QUESTION" | vikhr-mistral chat "$RUNS/merged" --max_new_tokens 40 --seed 
 say "7/7  Report"
 run vikhr-t5 report "$RUNS/pretrain" "$RUNS/instruct" --output "$RUNS/report.html"
 
-say "Done. The model: $RUNS/merged (transformers loads it). The reports: $RUNS/report.html, $RUNS/tokenizer/report.html"
+say "Done. The model: $RUNS/merged (transformers loads it). The reports: $RUNS/report.html, $RUNS/tokenizer/fertility.html"

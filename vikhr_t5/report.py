@@ -1,9 +1,9 @@
 """Run folders -> one HTML page: curves, speed, samples and configuration, with no other file and no network.
 
-Everything is read from what a run leaves behind (config.gin, model_config.json, vocabulary/, metrics.jsonl,
-samples.jsonl). Several folders are the stages of one model and share the axes. The page draws its charts itself, from
-numbers that are thinned here: a curve of any length becomes at most `POINTS` buckets with their mean, least and
-greatest value.
+Everything is read from what a run leaves behind (config.gin or config.yaml, model_config.json, vocabulary/,
+metrics.jsonl, samples.jsonl). Several folders are the stages of one model and share the axes. The page draws its charts
+itself, from numbers that are thinned here: a curve of any length becomes at most `POINTS` buckets with their mean, least
+and greatest value.
 """
 
 import difflib
@@ -92,7 +92,7 @@ class Run:
     """A run folder, read. Axes are cumulated over the stages before it: step, tokens, hours."""
 
     name: str
-    gin: str = ""
+    settings: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     vocabulary: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
@@ -166,8 +166,9 @@ def read_run(folder: Path) -> Run:
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: no metrics.jsonl; give a run folder (MODEL_DIR) that training has written to")
     run = Run(folder.resolve().name)
-    if (folder / "config.gin").is_file():
-        run.gin = (folder / "config.gin").read_text(encoding="utf-8")
+    for name in ("config.gin", "config.yaml"):  # of vikhr-t5, of vikhr-mistral
+        if (folder / name).is_file():
+            run.settings = (folder / name).read_text(encoding="utf-8")
     for name, file in (("model", "model_config.json"), ("vocabulary", "vocabulary/vocabulary.json")):
         if (folder / file).is_file():
             setattr(run, name, json.loads((folder / file).read_text(encoding="utf-8")))
@@ -411,11 +412,12 @@ def _configuration(runs: Sequence[Run]) -> Iterator[str]:
         rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_value(v))}</td></tr>" for name, v in facts.items())
         yield f"<details><summary>model and vocabulary</summary><table>{rows}</table></details>"
     for before, run in zip([None, *runs[:-1]], runs, strict=True):
-        if run.gin:
-            yield f"<details><summary>gin, {escape(run.name)}</summary><pre>{escape(run.gin)}</pre></details>"
-        if before and before.gin and run.gin:
+        if run.settings:
+            yield f"<details><summary>settings, {escape(run.name)}</summary><pre>{escape(run.settings)}</pre></details>"
+        if before and before.settings and run.settings:
             changed = f"what {escape(run.name)} changes from {escape(before.name)}"
-            yield f"<details open><summary>{changed}</summary><pre>{_difference(before.gin, run.gin)}</pre></details>"
+            difference = _difference(before.settings, run.settings)
+            yield f"<details open><summary>{changed}</summary><pre>{difference}</pre></details>"
 
 
 def _difference(before: str, after: str) -> str:
