@@ -2,8 +2,8 @@
 
 Everything is read from what a run leaves behind (config.gin or config.yaml, model_config.json, vocabulary/,
 metrics.jsonl, samples.jsonl). Several folders are the stages of one model and share the axes. The page draws its charts
-itself, from numbers that are thinned here: a curve of any length becomes at most `POINTS` buckets with their mean, least
-and greatest value.
+itself, from numbers that are thinned here: a curve of any length becomes at most `POINTS` buckets with their mean,
+least and greatest value.
 """
 
 import difflib
