@@ -184,24 +184,27 @@ def _init(flags: argparse.Namespace) -> None:
     )
 
 
-def _hide_bars() -> None:
-    """Those of transformers, which show seconds of loading and break the lines of ours."""
+def _quiet() -> None:
+    """No bars of transformers, which show seconds of loading and break our lines; no notices to its developers."""
+    import warnings
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _pretrain(flags: argparse.Namespace) -> None:
     from vikhr_mistral import pretrain
 
-    _hide_bars()
+    _quiet()
     pretrain.pretrain(config_file(flags.config), flags.overrides)
 
 
 def _instruct(flags: argparse.Namespace) -> None:
     from vikhr_mistral import instruct
 
-    _hide_bars()
+    _quiet()
     instruct.instruct(config_file(flags.config), flags.overrides)
 
 
@@ -215,7 +218,7 @@ def _merge(flags: argparse.Namespace) -> None:
 def _chat(flags: argparse.Namespace) -> None:
     from vikhr_mistral import chat
 
-    _hide_bars()
+    _quiet()
     sampling = chat.Sampling(
         temperature=flags.temperature,
         top_p=flags.top_p,

@@ -1,12 +1,16 @@
 """A run of `instruct`, small: its losses against transformers', chat by chat, and what it leaves behind."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from vikhr_mistral import chats, fingerprint, pieces, tokenizer_files
@@ -152,6 +156,29 @@ def test_full_tuning_gives_a_plain_model(base, tmp_path):
     assert not (tmp_path / "run/model/adapter_config.json").exists()
     loss = lines(tmp_path / "run", "eval")[-1]["loss"]
     assert loss == pytest.approx(reference_loss(model, base, tmp_path / "chats.jsonl"), abs=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(base, tmp_path):
+    """Under torchrun on gloo, sharded by FSDP2."""
+    changes = ["train.max_steps=4", "train.fsdp=true", "lora.dropout=0.0"]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        settings(tmp_path / name, base)
+    instruct(tmp_path / "one/instruct.yaml", changes)
+    flags = [flag for change in changes for flag in ("--set", change)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "vikhr_mistral.cli", "instruct", "--config", str(tmp_path / "two/instruct.yaml"), *flags]
+    root = str(Path(__file__).parents[2])
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
+    for kind in ("eval", "train"):
+        one, two = ([line["loss"] for line in lines(tmp_path / name / "run", kind)] for name in ("one", "two"))
+        assert two == pytest.approx(one, abs=1e-4)
+        assert len(one) > 1
+    weights = [load_file(tmp_path / name / "run/model/adapter_model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
