@@ -26,7 +26,7 @@ def frozen_head(head: Any) -> Any:
     original = getattr(head, "original_module", None)
     if original is None:
         original = getattr(head, "base_layer", head)
-    return lambda hidden: F.linear(hidden, original.weight.to(hidden.dtype))
+    return lambda hidden: F.linear(hidden.to(original.weight.dtype), original.weight)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def load_model(
     Args:
         folder: of a causal model of transformers.
         tokenizer_size: pieces of its tokenizer.
-        dtype: in which the weights are loaded.
+        dtype: in which the weights are loaded; where not all are trained, those that are become float32.
         attention: implementation.
         trainable, lora, new_rows_from: as in `pretrain.PretrainConfig`.
         seed: of the adapters' first values; all processes, and a run that begins again, must have the same.
@@ -93,9 +93,13 @@ def load_model(
         model.requires_grad_(False)
         model.get_input_embeddings().requires_grad_(True)
         model.get_output_embeddings().requires_grad_(True)
-        return model
-    torch.manual_seed(seed)
-    return add_adapters(folder, model, trainable, lora or LoraConfig(), new_rows_from)
+    else:
+        torch.manual_seed(seed)
+        model = add_adapters(folder, model, trainable, lora or LoraConfig(), new_rows_from)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # bfloat16 would lose most of an optimizer's steps
+            parameter.data = parameter.data.float()
+    return model
 
 
 def add_adapters(folder: str, model: Any, trainable: Trainable, lora: LoraConfig, new_rows_from: int) -> Any:

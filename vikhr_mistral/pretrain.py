@@ -58,7 +58,8 @@ class PretrainConfig:
         corpora: by name; shares say how much of the text each is (Russian, and English replay).
         trainable: full; lora; embeddings (embed_tokens and lm_head alone); new_embeddings (their new rows alone).
         new_rows_from: first row that counts as new, for `new`: the size of the base's vocabulary.
-        dtype: in which weights are loaded, trained and kept; float32 for masters under bfloat16 products.
+        dtype: in which weights are loaded and kept; float32 for masters under bfloat16 products. What is trained beside
+            frozen weights is float32 in any case.
         tokens_dir: where tokenized corpora are kept; by default in `output_dir`.
     """
 
@@ -81,6 +82,8 @@ class PretrainConfig:
             raise ValueError("train.max_steps is missing: how long to train")
         if not self.corpora:
             raise ValueError("corpora is empty: name at least one, with its files")
+        if self.dtype != "float32" and self.train.precision != self.dtype:
+            raise ValueError(f"dtype {self.dtype} needs train.precision {self.dtype}, not {self.train.precision}")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length is {self.sequence_length}, and at least 2 is needed")
 

@@ -35,7 +35,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from vikhr_mistral.anchoring import IGNORED, AnchorConfig, TokenLosses
-from vikhr_mistral.loss_forward import loss_forward
+from vikhr_mistral.loss_forward import causal_model, loss_forward
 from vikhr_mistral.metrics import MetricsFile, flops_per_token, memory_gib, peak_flops
 from vikhr_mistral.packing import Collator
 from vikhr_mistral.reference import Reference
@@ -61,6 +61,7 @@ class TrainConfig:
             `decay_steps`).
         optimizer: adamw is torch's fused one; the 8-bit and paged ones need bitsandbytes.
         precision: of the products; weights that are trained, and their optimizer, stay as they were loaded.
+        compile: torch.compile of each layer.
         fsdp: shard weights, gradients and optimizer over the processes (FSDP2).
         loss_chunk: tokens whose logits exist at a time.
         save_every: steps; 0: only where the run ends or is stopped by SIGTERM.
@@ -153,7 +154,6 @@ class TrainConfig:
             fp16=self.precision == "float16",
             activation_checkpointing=self.gradient_checkpointing and not sharded,
             activation_checkpointing_kwargs={"use_reentrant": False},
-            torch_compile=self.compile,
             fsdp=sharded or None,  # type: ignore[arg-type]
             fsdp_config=sharding if sharded else None,
             dataloader_num_workers=self.data_workers,
@@ -230,6 +230,9 @@ def train(
         _check_same_run(folder / "run.json", fixed, resumed=bool(checkpoint))
     if step >= config.max_steps:  # it ended, and only what follows training is missing
         arguments.max_steps = step
+    if config.compile:  # block by block, as torchtitan does: one compilation serves all, and sharding may follow
+        for layer in causal_model(model).model.layers:
+            layer.compile()
     head = reference.head if reference else None
     with loss_forward(model, anchor, head, shared_size, config.loss_chunk):
         trainer = AnchoredTrainer(
@@ -485,6 +488,7 @@ class _Callback(TrainerCallback):
             raise RuntimeError("accelerate has not sharded the model although fsdp is set")
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **others: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps  # the last line is of the last step
         stop = torch.tensor(float(self.trainer.stop), device=args.device)
         if args.world_size > 1:
             stop = self.trainer.accelerator.reduce(stop, "sum")
