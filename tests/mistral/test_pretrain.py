@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vikhr_mistral.anchoring import AnchorConfig
 from vikhr_mistral.corpus import tokenize
 from vikhr_mistral.loss_forward import loss_forward
+from vikhr_mistral.models import LoraConfig, load_model
 from vikhr_mistral.packing import Collator, DocumentRows
 from vikhr_mistral.pretrain import pretrain
-from vikhr_mistral.reference import Reference
+from vikhr_mistral.reference import Reference, adapters_off
 from vikhr_t5.errors import UserError
 
 
@@ -148,6 +149,34 @@ def test_only_the_rows_that_may_change_do(base, tmp_path, trainable):
     assert bool(moved) == (trainable == "lora")
 
 
+@pytest.mark.parametrize("trainable", ["lora", "embeddings", "new_embeddings"])
+def test_what_is_trained_beside_frozen_weights_is_float32(base, trainable):
+    model = load_model(
+        str(base / "model"),
+        400,
+        dtype="bfloat16",
+        trainable=trainable,
+        lora=LoraConfig(embeddings="full"),
+        new_rows_from=380,
+    )
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_adapters_begin_alike_and_are_switched_off_without_a_change_of_what_is_trained(base):
+    first, second = (load_model(str(base / "model"), 400, dtype="float32", trainable="lora", seed=s) for s in (1, 1))
+    assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+    before = [parameter.requires_grad for parameter in first.parameters()]
+    for parameter in first.parameters():
+        parameter.data += 0.01 * parameter.requires_grad
+    ids = torch.tensor([[1, 50, 60]])
+    with adapters_off(first):
+        assert [parameter.requires_grad for parameter in first.parameters()] == before
+        assert torch.equal(first(ids).logits, AutoModelForCausalLM.from_pretrained(base / "model")(ids).logits)
+    with torch.no_grad():
+        assert (first(ids).logits - AutoModelForCausalLM.from_pretrained(base / "model")(ids).logits).abs().max() > 1e-3
+
+
 def test_a_run_refuses_another_base(base, tmp_path):
     path = config(base, tmp_path / "run")
     overrides = ["anchor.loss=linear", "anchor.t=0.5", f"anchor.reference={tmp_path / 'reference'}"]
@@ -247,6 +276,7 @@ def test_the_original_model_is_a_reference_for_an_extended_one(tokenizers, tmp_p
         (["trainable=lora", "lora.target_modules=[q_prj]"], "no module 'q_prj'; nearest: .*q_proj"),
         (["trainable=new_embeddings", "new_rows_from=9999"], "no row from new_rows_from = 9999"),
         (["held_out.ru.rows=1", "sequence_length=99999"], "does not fill a row of 99999"),
+        (["dtype=bfloat16"], "dtype bfloat16 needs train.precision bfloat16, not float32"),
         (["anchor.loss=slurp"], "anchor: loss is 'slurp'; nearest: slerp"),
         (["train.max_stepz=1"], "train: unknown setting 'max_stepz'; nearest: max_steps"),
         (["anchor.loss=linear", "anchor.t=0.5", "anchor.reference_8bit=true"], "needs the package bitsandbytes"),
