@@ -56,6 +56,7 @@ def test_real_text_is_cached_and_learned(folder: Path) -> None:
         "MIXTURE_OR_TASK_NAME": "'local_ul2'",
         "MIXTURE_OR_TASK_MODULE": "'tasks.corpora'",
         "TRAIN_STEPS": "100",
+        "BATCH_SIZE": "2",
         "checkpoints.SaveCheckpointConfig.period": "100",
     }
     command(folder, "train", "--gin_file=recipes/demo.gin", *(f"--gin.{name}={value}" for name, value in gin.items()))
