@@ -4,7 +4,9 @@ The tasks take their vocabulary from the environment when they are imported; the
 """
 
 import importlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +29,16 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
         for name in MODULES:
             importlib.import_module(f"tasks.{name}")
     return trained
+
+
+@pytest.fixture(autouse=True)
+def _no_variable_is_left() -> Iterator[None]:
+    def ours() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith("VIKHR_T5_")}
+
+    before = ours()
+    yield
+    assert ours() == before
 
 
 @pytest.fixture(scope="session")
