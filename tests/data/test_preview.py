@@ -13,11 +13,10 @@ import pytest
 from rich.console import Console
 
 from vikhr_t5 import cli
-from vikhr_t5.data import preview_html, preview_terminal, seqio_process
+from vikhr_t5.data import preview_html, preview_raw, preview_terminal, seqio_process
 from vikhr_t5.data.cache import cache
 from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
 from vikhr_t5.data.preview import SHOWN_PARTS, Preview, gather
-from vikhr_t5.data.preview_raw import follow
 from vikhr_t5.data.preview_terminal import STYLES
 from vikhr_t5.data.vocabulary import Vocabulary
 
@@ -209,7 +208,8 @@ def test_documents_are_followed_from_their_source(
     (tmp_path / "tasks_to_see.py").write_text(module, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    processes = {"vikhr_t5.data.cache": cache, "vikhr_t5.data.preview_raw": follow}
+    monkeypatch.setattr(preview_raw, "SEARCHED", 5)
+    processes = {"vikhr_t5.data.cache": cache, "vikhr_t5.data.preview_raw": preview_raw.follow}
     monkeypatch.setattr(
         seqio_process, "run", lambda module, arguments: json.dumps(processes[module](**arguments), default=str)
     )
