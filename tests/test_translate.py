@@ -169,16 +169,22 @@ class Slow(t.Letters):
     def translate(self, texts):
         time.sleep(0.02)
         return super().translate(texts)
-rows = [dict(row, id=i) for i, row in enumerate(t.ROWS * 15)]
-t.translate.translate(t.source(rows), {output!r}, Slow(), {{}}, t.FIELDS, chunk=7)
+rows = [dict(row, id=i) for i, row in enumerate(t.ROWS * {times})]
+model = {model}
+t.translate.translate(t.source(rows), {output!r}, model, {{}}, t.FIELDS, ignore=list({ignore!r}), chunk={chunk})
 """
 
 
-def test_kill_9_at_any_moment_and_the_same_bytes(tmp_path: Path) -> None:
+def kill_and_rerun(
+    folder: Path, model: str, kills: int, longest: float, times: int, chunk: int, ignore: tuple[str, ...] = ()
+) -> None:
+    """Asserts that a run killed some times, up to `longest` seconds after it began to write, gives the same bytes."""
+
     def run(output: str, seconds: float | None = None) -> bool:
         """Whether it came to its end before it was killed, `seconds` after it had opened its files."""
-        program = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), output=str(tmp_path / output))
-        state = tmp_path / f"{output}.partial" / "state"
+        places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "output": str(folder / output)}
+        program = PROGRAM.format(**places, model=model, ignore=ignore, times=times, chunk=chunk)
+        state = folder / f"{output}.partial" / "state"
         before = state.stat().st_mtime_ns if state.exists() else None
         process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
         if seconds is not None:
@@ -193,13 +199,17 @@ def test_kill_9_at_any_moment_and_the_same_bytes(tmp_path: Path) -> None:
     assert run("whole.jsonl")
     moments = random.Random(3)
     assert not run("killed.jsonl", 0.0)
-    for _ in range(4):
-        run("killed.jsonl", moments.uniform(0.0, 0.5))
+    for _ in range(kills - 1):
+        run("killed.jsonl", moments.uniform(0.0, longest))
     assert run("killed.jsonl")
     for suffix in ("", ".rejected", ".report"):
-        assert (tmp_path / f"killed.jsonl{suffix}").read_bytes() == (tmp_path / f"whole.jsonl{suffix}").read_bytes()
+        assert (folder / f"killed.jsonl{suffix}").read_bytes() == (folder / f"whole.jsonl{suffix}").read_bytes()
+    assert not (folder / "killed.jsonl.partial").exists()
+
+
+def test_kill_9_at_any_moment_and_the_same_bytes(tmp_path: Path) -> None:
+    kill_and_rerun(tmp_path, "Slow()", kills=5, longest=0.5, times=15, chunk=7)
     assert len(read(tmp_path / "killed.jsonl")) == 45
-    assert not (tmp_path / "killed.jsonl.partial").exists()
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -349,3 +359,13 @@ def test_the_command(
         assert status == 2, said
         assert message in said
         assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_model_with_beams(models: Path, tmp_path: Path) -> None:
+    model = f"t.TranslationModel({str(models / 'pair')!r}, None, None, num_beams=2, batch_tokens=60, max_tokens=30)"
+    every = ("cut", "empty", "placeholders", "options", "numbers", "script", "length", "repetition", "copy", "lines")
+    kill_and_rerun(tmp_path, model, kills=4, longest=6.0, times=1, chunk=2, ignore=every)
+    translated = read(tmp_path / "killed.jsonl")
+    assert len(translated) == 7
+    assert len({row["inputs"] for row in translated}) > 3
