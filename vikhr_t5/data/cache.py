@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from vikhr_t5.data import cache_workers, dedup
 from vikhr_t5.data.cache_plan import Plan, plan
@@ -217,7 +218,12 @@ def _write_mixtures(provider: seqio.Task | seqio.Mixture, module: str, cache_dir
         task.num_input_examples = functools.partial(_num_examples, cache_dir, task.name)
     rates = {task.name: 1.0 for task in tasks}
     if isinstance(provider, seqio.Mixture):
+        level = logging.get_verbosity()
+        logging.set_verbosity(
+            logging.ERROR
+        )  # seqio warns of sizes of tasks that it has not cached itself
         rates = {task.name: check_rate(provider.name, task.name, provider.get_rate(task)) for task in tasks}
+        logging.set_verbosity(level)
     provenance = dataclasses.asdict(Provenance(module, source_digests(module)))
     for name, members in {**{task.name: {task.name: 1.0} for task in tasks}, provider.name: rates}.items():
         splits = {task.name: list(task.splits) for task in tasks if task.name in members}
