@@ -43,7 +43,7 @@ def test_the_whole_road(tmp_path):
     russian = losses(runs / "pretrain", "eval", "russian")
     assert russian[-1] < russian[0] - 3
     chats = losses(runs / "instruct", "eval", "chats")
-    assert chats[-1] < chats[0] - 0.3
+    assert chats[-1] < chats[0] - 0.1
     program = Path(sys.executable).parent / "vikhr-mistral"
     question = "Как это сказать по-русски? Select the file.\n"
     answered = subprocess.run(
