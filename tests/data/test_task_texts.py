@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import pytest
 
 from vikhr_t5 import cli
 from vikhr_t5.data import seqio_process, task_texts
-from vikhr_t5.data.task_texts import read_task
+from vikhr_t5.data.task_texts import TaskExample, read_task
 from vikhr_t5.data.vocabulary import Vocabulary
 from vikhr_t5.errors import UserError
 
@@ -115,7 +116,7 @@ def test_an_error_in_the_other_process_is_raised_here(monkeypatch: pytest.Monkey
         list(seqio_process.lines("other_process", {}))
 
 
-def test_a_translated_task(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_translated_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     class Upper:
         settings: ClassVar[dict[str, str]] = {"model": "upper"}
 
@@ -128,6 +129,13 @@ def test_a_translated_task(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd:
         def translate(self, texts: list[str]) -> list[tuple[str, bool]]:
             return [(text.upper(), True) for text in texts]
 
+    def read(name: str, module: str, split: str) -> Iterator[TaskExample]:  # as the first test has it
+        assert (name, module, split) == ("answers", "own_texts", "train")
+        for i in range(600):
+            yield TaskExample("answers", {"inputs": f"вопрос {i}", "targets": f"ответ\n{i}"}, {"origin": "книга"})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(task_texts, "read_task", read)
     monkeypatch.setattr("vikhr_t5.translation_models.TranslationModel", Upper)
     arguments = ["translate", "--mixture", "answers", "--module", "own_texts", "--model=x", "--output=ru.jsonl"]
     assert cli.main(arguments) == 0
