@@ -86,6 +86,7 @@ def add_tasks(
     templates: Sequence[Template],
     options: str = "options",
     answer: str = "answer",
+    numbered: bool = False,
     task_name: str | None = None,
     max_shots: int = 5,
     max_inputs: int = 1024,
@@ -97,7 +98,8 @@ def add_tasks(
         source: of the rows, with the splits `train` and `validation`.
         templates: wordings.
         options: the field with the list of options, in JSON or as a column of lists.
-        answer: the field with the answer: its text, or the number of an option, from 0.
+        answer: the field with the answer.
+        numbered: whether that is the number of an option, from 0, and not its text.
         task_name: the field that names an example's source in the metrics.
         max_shots: the most exemplars of a few-shot example; their number is drawn from 1 to that.
         max_inputs: tokens of the inputs of a few-shot example, with EOS: exemplars that find no room are left out, and
@@ -115,7 +117,18 @@ def add_tasks(
             task,
             source=source,
             preprocessors=[
-                Ask(task, source, templates, options, answer, task.endswith("_opt"), shots, max_inputs, task_name),
+                Ask(
+                    task,
+                    source,
+                    templates,
+                    options,
+                    answer,
+                    numbered,
+                    task.endswith("_opt"),
+                    shots,
+                    max_inputs,
+                    task_name,
+                ),
                 seqio.preprocessors.tokenize,
                 seqio.CacheDatasetPlaceholder(),
                 seqio.preprocessors.append_eos,
@@ -155,13 +168,14 @@ class Ask:
         templates: Sequence[Template],
         options: str,
         answer: str,
+        numbered: bool,
         listed: bool,
         max_shots: int,
         max_inputs: int,
         task_name: str | None,
     ):
         self.task, self.source, self.templates, self.listed = task, source, tuple(templates), listed
-        self.options, self.answer, self.task_name = options, answer, task_name
+        self.options, self.answer, self.numbered, self.task_name = options, answer, numbered, task_name
         self.max_shots, self.max_inputs = max_shots, max_inputs
         self._asks = {field for template in templates for field in _fields(template.inputs)} - {BLOCK}
 
@@ -193,7 +207,7 @@ class Ask:
     def _row(self, values: Sequence[str]) -> "_Row":
         fields = dict(zip(self.source.fields, values, strict=True))
         options = _listed(fields[self.options]) if self.options in fields else []
-        fields[self.answer] = _answer(fields[self.answer], options)
+        fields[self.answer] = _answer(fields[self.answer], options, self.numbered)
         asked = tuple(fields[field] for field in sorted(self._asks))
         return _Row(fields, options, asked)
 
@@ -247,12 +261,14 @@ def _listed(options: str) -> list[str]:
     return [str(option) for option in found]
 
 
-def _answer(answer: str, options: Sequence[str]) -> str:
+def _answer(answer: str, options: Sequence[str], numbered: bool) -> str:
+    if numbered:
+        if answer.isdigit() and int(answer) < len(options):
+            return options[int(answer)]
+        raise UserError(f"the answer {answer[:80]!r} is not the number of an option, from 0: {options}")
     if answer in options or not options:
         return answer
-    if answer.isdigit() and int(answer) < len(options):
-        return options[int(answer)]
-    raise UserError(f"the answer {answer[:80]!r} is neither one of the options nor the number of one: {options}")
+    raise UserError(f"the answer {answer[:80]!r} is none of the options {options}; numbered=True for numbers of them")
 
 
 def _answered(inputs: str, targets: str) -> str:

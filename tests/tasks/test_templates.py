@@ -24,8 +24,8 @@ SUMS = [f"Сколько будет {n} + {n + 1}?" for n in range(300)]
 
 def row(number: int, question: str) -> dict[str, object]:
     options = [f"ответ {number + shift}" for shift in range(4)]
-    answer = number % 4 if number % 2 else options[number % 4]  # by number, or as text
-    return {"question": question, "options": options, "answer": str(answer), "subject": "счёт" if number % 3 else "ум"}
+    subject = "счёт" if number % 3 else "ум"
+    return {"question": question, "options": options, "answer": options[number % 4], "subject": subject}
 
 
 _SCHEMA = pa.schema([(field, pa.list_(pa.string()) if field == "options" else pa.string()) for field in FIELDS])
@@ -105,7 +105,7 @@ def test_exemplars_are_never_from_validation(quiz, kind):
 def test_it_is_the_same_in_every_run_and_in_any_order_of_the_rows(quiz, data):
     """As written down once: nothing depends on the process, on Python's hash seed or on the order of the rows."""
     first = examples("quiz_fs_opt", "train")
-    asked = [f"Сколько будет {n} + {n + 1}?" for n in (87, 161, 32, 256, 86, 1)]
+    asked = [f"Сколько будет {n} + {n + 1}?" for n in (224, 232, 62, 127, 87, 1)]
     assert questions(first[0]["inputs"]) == asked
     listed = "ВАРИАНТЫ:\nA. ответ 1\nB. ответ 2\nC. ответ 3\nD. ответ 4\n"
     assert examples("quiz_zs_opt", "train")[0]["inputs"] == f"Вопрос: Сколько будет 1 + 2?\n{listed}Ответ:"
@@ -162,12 +162,23 @@ def test_other_fields_and_templates(templates, add_tasks, data):
     assert first["targets_pretokenized"].decode() == "хорошо"
 
 
+def test_numbers_of_options_are_never_taken_for_their_texts(templates, add_tasks, data):
+    table = pa.Table.from_pylist([{"question": q, "options": ["2", "0", "1"], "answer": "2"} for q in SUMS[:20]])
+    published.write(data / "me/numbers", table, "parquet")
+    source = templates.settings.source("me/numbers", FIELDS[:3], lambda split, row: split == "train")
+    for numbered, expected in ((True, "1"), (False, "2")):
+        add_tasks(f"numbers_{numbered}", source, templates.QUESTION, numbered=numbered)
+        task = seqio.TaskRegistry.get(f"numbers_{numbered}_zs_opt")
+        found = task.get_dataset(None, "train", shuffle=False).as_numpy_iterator()
+        assert {example["targets_pretokenized"].decode() for example in found} == {expected}
+
+
 def test_braces_in_a_row_are_text(templates):
     source = JsonLinesSource({"train": "none", "validation": "none"}, FIELDS[:3])
     ask = templates.Ask(
-        "t", source, [templates.Template("{question}\n{options}")], "options", "answer", True, 0, 99, None
+        "t", source, [templates.Template("{question}\n{options}")], "options", "answer", False, True, 0, 99, None
     )
-    made = ask._example(ask._row(["{answer} {0}", '["{question}", "б"]', "0"]), [], len)
+    made = ask._example(ask._row(["{answer} {0}", '["{question}", "б"]', "{question}"]), [], len)
     assert made is not None
     assert made[0].startswith("{answer} {0}\n")
     assert made[1] == "{question}"
@@ -176,7 +187,7 @@ def test_braces_in_a_row_are_text(templates):
 @given(question=st.text(max_size=50), options=st.lists(st.text(max_size=20), min_size=1, max_size=40), data=st.data())
 def test_any_row_is_asked(templates, question, options, data):
     source = JsonLinesSource({"train": "none", "validation": "none"}, FIELDS[:3])
-    ask = templates.Ask("t", source, templates.QUESTION, "options", "answer", True, 0, 99, None)
+    ask = templates.Ask("t", source, templates.QUESTION, "options", "answer", False, True, 0, 99, None)
     answer = data.draw(st.sampled_from(options))
     inputs, targets = ask._example(ask._row([question, json.dumps(options), answer]), [], len)
     assert question in inputs
@@ -202,8 +213,8 @@ def test_a_template_that_does_not_fit_is_refused(templates, template, says):
 @pytest.mark.parametrize(
     ("made", "says"),
     [
-        ({"question": "?", "options": ["а", "б"], "answer": "в"}, "the answer 'в' is neither one of the options"),
-        ({"question": "?", "options": ["а", "б"], "answer": "2"}, "the answer '2' is neither one of the options"),
+        ({"question": "?", "options": ["а", "б"], "answer": "в"}, "the answer 'в' is none of the options"),
+        ({"question": "?", "options": ["а", "б"], "answer": "1"}, "the answer '1' is none of .*; numbered=True"),
         ({"question": "?", "options": "а, б", "answer": "а"}, "options are a list; this is none: 'а, б'"),
     ],
 )
