@@ -219,9 +219,7 @@ def _write_mixtures(provider: seqio.Task | seqio.Mixture, module: str, cache_dir
     rates = {task.name: 1.0 for task in tasks}
     if isinstance(provider, seqio.Mixture):
         level = logging.get_verbosity()
-        logging.set_verbosity(
-            logging.ERROR
-        )  # seqio warns of sizes of tasks that it has not cached itself
+        logging.set_verbosity(logging.ERROR)  # seqio warns of sizes of tasks that it has not cached itself
         rates = {task.name: check_rate(provider.name, task.name, provider.get_rate(task)) for task in tasks}
         logging.set_verbosity(level)
     provenance = dataclasses.asdict(Provenance(module, source_digests(module)))
