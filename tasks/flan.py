@@ -109,7 +109,7 @@ def add_task(
             *steps,
             seqio.preprocessors.tokenize,
             seqio.CacheDatasetPlaceholder(),
-            seqio.preprocessors.append_eos,
+            seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=settings.output_features(),
     )

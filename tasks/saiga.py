@@ -104,7 +104,7 @@ def add_task(
             next_turns(make, fields, max_inputs),
             seqio.preprocessors.tokenize,
             seqio.CacheDatasetPlaceholder(),
-            seqio.preprocessors.append_eos,
+            seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=settings.output_features(),
     )

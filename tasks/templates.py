@@ -131,7 +131,7 @@ def add_tasks(
                 ),
                 seqio.preprocessors.tokenize,
                 seqio.CacheDatasetPlaceholder(),
-                seqio.preprocessors.append_eos,
+                seqio.preprocessors.append_eos_after_trim,
             ],
             output_features=settings.output_features(),
         )
