@@ -37,7 +37,7 @@ from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path, write_text_atomic
 from vikhr_t5.progress import human
 
-SMALL_BYTES = 64 << 20  # less is written in this process: starting another one takes as long
+SMALL_BYTES = 128 << 20  # less is written in this process: starting others takes as long
 
 Runner = Callable[[Sequence[Job]], None]
 
