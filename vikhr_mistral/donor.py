@@ -75,6 +75,8 @@ def train(
             **{name: getattr(spec, name) for name in _AS_THE_BASE},
         )
     except RuntimeError as error:
+        if failure:  # what was read until then may not do for a vocabulary
+            raise failure[0] from None
         reason = str(error).rpartition("] ")[2].strip()  # what precedes is a place in SentencePiece's source
         raise UserError(f"cannot train a donor of {size:,} pieces on this text: {reason}; see --donor_size") from error
     if failure:

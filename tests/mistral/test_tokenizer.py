@@ -321,7 +321,7 @@ def test_bad_arguments_and_files(tmp_path: Path, donor: Path) -> None:
         ("cannot train a donor of 50,000 pieces on this text", {"corpus": [str(tmp_path / "short.txt")]}),
         ("no text to train a donor on", {"corpus": [str(tmp_path / "blank.txt")]}),
         ("is not a SentencePiece model", {"donor": str(tmp_path / "short.txt")}),
-        ("latin.txt:1: cannot be read", {"corpus": [str(tmp_path / "latin.txt")]}),
+        ("latin.txt:3: cannot be read", {"corpus": [str(tmp_path / "latin.txt")]}),
     ]
     (tmp_path / "short.txt").write_text("Одна строка.\n")
     (tmp_path / "blank.txt").write_text("\n\n")
