@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from vikhr_t5.data import cache_workers, dedup
+from vikhr_t5.data import cache_workers, dedup, seqio_process
 from vikhr_t5.data.cache_plan import Plan, plan
 from vikhr_t5.data.cache_shards import ShardJob, WithoutDuplicates
 from vikhr_t5.data.cache_workers import Job
@@ -234,14 +234,8 @@ def _num_examples(cache_dir: Path, task: str, split: str) -> int:
 
 
 def main() -> int:
-    """`python -m vikhr_t5.data.cache JSON`, as `store.ensure_cached` runs it: arguments of `cache` as JSON; a
-    UserError goes to stdout and gives 2."""
-    try:
-        cache(**json.loads(sys.argv[1]))
-    except UserError as error:
-        print(error)
-        return 2
-    return 0
+    """`python -m vikhr_t5.data.cache JSON`, as `store.ensure_cached` runs it."""
+    return seqio_process.main(cache)
 
 
 if __name__ == "__main__":

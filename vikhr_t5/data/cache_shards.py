@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 from vikhr_t5.data import dedup, drops
 from vikhr_t5.data.byte_vocabulary import OFFSET
 from vikhr_t5.data.manifest import Shard
-from vikhr_t5.data.seqio_tasks import apply_step, seqio, tf
+from vikhr_t5.data.seqio_tasks import apply_step, explained, seqio, tf
 from vikhr_t5.data.store import TASK_NAME, ShardWriter
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path, write_text_atomic
@@ -164,7 +163,7 @@ def _write_shard(job: ShardJob, report: Report) -> None:
     task = seqio.TaskRegistry.get(job.task)
     skipped, dropped = getattr(task.source, "skipped_lines", 0), drops.counts()
     read = tf.Variable(0, dtype=tf.int64)
-    with contextlib.ExitStack() as stack, _explained():
+    with contextlib.ExitStack() as stack, explained():
         named, batches = _examples(task, job, read)
         writer = stack.enter_context(ShardWriter(job.path, job.features, named))
         signatures, sign = None, None
@@ -180,17 +179,6 @@ def _write_shard(job: ShardJob, report: Report) -> None:
         getattr(task.source, "skipped_lines", 0) - skipped, int(read.numpy()), dict(drops.counts() - dropped)
     )
     write_text_atomic(job.note, json.dumps(dataclasses.asdict(shard)))
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """A UserError that was raised in Python code which TensorFlow called is one again."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        if found := re.search(r"\bUserError: (.*)", error.message):
-            raise UserError(found[1]) from None
-        raise
 
 
 def _examples(task: seqio.Task, job: ShardJob, read: tf.Variable) -> tuple[bool, Iterator[Examples]]:

@@ -41,6 +41,11 @@ class Source:
     inputs: np.ndarray
     targets: np.ndarray
 
+    @property
+    def means(self) -> list[str]:
+        """Of text, inputs and targets, as shown; "" where there are none."""
+        return [f"{lengths.mean():.0f}" if lengths.any() else "" for lengths in (self.text, self.inputs, self.targets)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:

@@ -208,10 +208,7 @@ def _rate(source: Source, slot: int, kind: str = "") -> str:
         f'<td class="share" style="--share:{share:.4f};{_color(slot)}">{share:.2%}<i></i></td>'
         for share in (source.nominal, source.measured)
     )
-    means = [
-        f"{lengths.mean():.0f}" if lengths.any() else "" for lengths in (source.text, source.inputs, source.targets)
-    ]
-    figures = "".join(f'<td class="narrow">{figure}</td>' for figure in (*means, f"{len(source.inputs):,}"))
+    figures = "".join(f'<td class="narrow">{figure}</td>' for figure in (*source.means, f"{len(source.inputs):,}"))
     return f'<tr class="{kind}"><td>{escape(source.name)}</td>{shares}{figures}</tr>'
 
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vikhr_t5.data import drops
-from vikhr_t5.data.seqio_tasks import apply_step, find_provider, import_tasks, seqio, tf
-from vikhr_t5.errors import UserError
+from vikhr_t5.data import drops, seqio_process
+from vikhr_t5.data.seqio_tasks import apply_step, explained, find_provider, import_tasks, seqio, tf
 
 SEARCHED = 100  # documents of the source that are looked at
 SHOWN = 3  # examples that one document has become, say the turns of a chat
@@ -44,7 +43,8 @@ def follow(
     os.environ.update({"VIKHR_T5_VOCABULARY": vocabulary_file, "VIKHR_T5_EXTRA_IDS": str(extra_ids)})
     import_tasks(module)
     tasks = [task for task in seqio.get_subtasks(find_provider(mixture_or_task, module)) if split in task.splits]
-    return {task.name: list(_documents(task, split, kept, left_out)) for task in tasks}
+    with explained():
+        return {task.name: list(_documents(task, split, kept, left_out)) for task in tasks}
 
 
 def _documents(task: seqio.Task, split: str, kept: int, left_out: int) -> Iterator[dict[str, Any]]:
@@ -98,13 +98,8 @@ def _plain(value: Any) -> str | list[int]:
 
 
 def main() -> int:
-    """`python -m vikhr_t5.data.preview_raw JSON`: see `vikhr_t5.data.seqio_process`."""
-    try:
-        print(json.dumps(follow(**json.loads(sys.argv[1]))))
-    except UserError as error:
-        print(error)
-        return 2
-    return 0
+    """`python -m vikhr_t5.data.preview_raw JSON`, as `preview` runs it."""
+    return seqio_process.main(lambda **arguments: print(json.dumps(follow(**arguments))))
 
 
 if __name__ == "__main__":

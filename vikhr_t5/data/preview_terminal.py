@@ -153,10 +153,8 @@ def _sources(preview: Preview) -> Group:
 
 
 def _cells(source: Source, indent: str = "") -> list[str]:
-    means = [
-        f"{lengths.mean():.0f}" if lengths.any() else "" for lengths in (source.text, source.inputs, source.targets)
-    ]
-    return [indent + source.name, f"{source.nominal:.2%}", f"{source.measured:.2%}", *means, str(len(source.inputs))]
+    shares = f"{source.nominal:.2%}", f"{source.measured:.2%}"
+    return [indent + source.name, *shares, *source.means, str(len(source.inputs))]
 
 
 def _documents(tasks: Sequence[Task]) -> Table:

@@ -90,11 +90,16 @@ def _kind(name: str) -> str | None:
     return next((suffix for suffix in _SUFFIXES if bare.endswith(suffix)), None)
 
 
-def _open(file: str) -> BinaryIO:
-    """The bytes of a file, decompressed where it ends in .gz or .zst."""
+def is_compressed(file: str) -> bool:
+    """By its name."""
+    return file.endswith((".gz", ".zst"))
+
+
+def open_bytes(file: str) -> BinaryIO:
+    """The bytes of a file, decompressed where its name says so."""
     import pyarrow as pa
 
-    if file.endswith((".gz", ".zst")):
+    if is_compressed(file):
         return io.BufferedReader(pa.input_stream(file, compression="detect"), 1 << 20)
     return open(file, "rb")
 
@@ -103,7 +108,7 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
     """(number from 1, line with its end). UserError names the line that cannot be read."""
     number = 0
     try:
-        with _open(file) as handle:
+        with open_bytes(file) as handle:
             for number, line in enumerate(handle, 1):
                 yield number, line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8")
     except UnicodeDecodeError as error:
@@ -149,11 +154,11 @@ def _documents(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _json_list(file: str) -> list[Any] | None:
     """A .json file that is one list; None where it is lines of objects."""
     try:
-        with _open(file) as handle:
+        with open_bytes(file) as handle:
             start = handle.read(4096).lstrip()[:1]
         if start != b"[":
             return None
-        with _open(file) as handle:
+        with open_bytes(file) as handle:
             return json.load(handle)
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: not JSON ({error})") from None

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vikhr_t5.errors import UserError
@@ -14,7 +14,7 @@ def run(module: str, arguments: dict[str, Any]) -> str:
     """Run `python -m module JSON`; what it prints. Its stderr is this process's.
 
     Args:
-        module: its main program takes `arguments` as JSON, and ends with 2 after printing a UserError.
+        module: its main program is `main` below.
         arguments: values of JSON.
     Raises:
         UserError: the module's. RuntimeError: it ended otherwise.
@@ -41,6 +41,17 @@ def lines(module: str, arguments: dict[str, Any]) -> Iterator[str]:
                 yield held
         finally:
             process.kill()
+
+
+def main(action: Callable[..., object]) -> int:
+    """The main program of a module that `run` or `lines` starts. `action` takes the arguments and prints what it gives;
+    a UserError goes to stdout and gives 2."""
+    try:
+        action(**json.loads(sys.argv[1]))
+    except UserError as error:
+        print(error)
+        return 2
+    return 0
 
 
 def _command(module: str, arguments: dict[str, Any]) -> list[str]:

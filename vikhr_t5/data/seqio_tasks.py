@@ -154,6 +154,17 @@ def apply_step(task: seqio.Task, step: Callable[..., tf.data.Dataset], dataset: 
         ) from error
 
 
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """A UserError that was raised in Python code which TensorFlow called is one again."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if found := re.search(r"\bUserError: (.*)", error.message):
+            raise UserError(found[1]) from None
+        raise
+
+
 def check_task_vocabulary(task: seqio.Task, vocabulary: AnyVocabulary) -> None:
     """UserError where a feature of the task has another vocabulary than the run."""
     for name, feature in task.output_features.items():

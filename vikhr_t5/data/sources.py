@@ -12,7 +12,6 @@ data, before a UserError stops it; with the default of 0 the first one does.
 import abc
 import codecs
 import glob
-import io
 import itertools
 import json
 import os
@@ -29,6 +28,7 @@ import seqio
 import tensorflow as tf
 
 from vikhr_t5.data.hashing import text_hash
+from vikhr_t5.data.records import is_compressed, open_bytes
 from vikhr_t5.errors import UserError, nearest
 
 PIECE_BYTES = 32 << 20
@@ -184,21 +184,9 @@ class _LineSource(PieceSource):
     def _pieces(self, split: str) -> Iterator[Piece]:
         for file in self.files(split):
             size = os.path.getsize(file)
-            step = size if _compressed(file) else PIECE_BYTES
+            step = size if is_compressed(file) else PIECE_BYTES
             for start in range(0, size, step or 1):
-                yield Piece(file, start, sys.maxsize if _compressed(file) else min(start + step, size))
-
-
-def _compressed(file: str) -> bool:
-    return file.endswith((".gz", ".zst"))
-
-
-def _open(file: str) -> Any:
-    return (
-        io.BufferedReader(pa.input_stream(file, compression="detect"), 1 << 20)
-        if _compressed(file)
-        else open(file, "rb")
-    )
+                yield Piece(file, start, sys.maxsize if is_compressed(file) else min(start + step, size))
 
 
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
@@ -208,7 +196,7 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
     Raises UserError for a file that cannot be read, e.g. a truncated .gz.
     """
     try:
-        with _open(piece.file) as handle:
+        with open_bytes(piece.file) as handle:
             offset = piece.start
             if offset:  # the line which the piece begins in belongs to the piece before
                 handle.seek(offset - 1)

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -45,7 +44,7 @@ def read_task(mixture_or_task: str, module: str, split: str = "train") -> Iterat
 
 def _examples(mixture_or_task: str, module: str, split: str) -> Iterator[TaskExample]:
     os.environ["VIKHR_T5_VOCABULARY"] = "bytes"
-    from vikhr_t5.data.seqio_tasks import apply_step, find_provider, import_tasks, seqio, tf
+    from vikhr_t5.data.seqio_tasks import apply_step, explained, find_provider, import_tasks, seqio, tf
 
     import_tasks(module)
     provider = find_provider(mixture_or_task, module)
@@ -67,29 +66,24 @@ def _examples(mixture_or_task: str, module: str, split: str) -> Iterator[TaskExa
         outputs = [name for name in task.output_features if name in spec]
         if bad := [name for name in outputs if name not in names] or (not outputs and list(task.output_features)):
             raise UserError(f"task {task.name}: {bad[0]!r} is no text before seqio.preprocessors.tokenize")
-        try:
+        with explained():
             for batch in dataset.batch(BATCH).prefetch(2).as_numpy_iterator():
                 columns = [[value.decode("utf-8") for value in batch[name].tolist()] for name in names]
                 for values in zip(*columns, strict=True):
                     example = dict(zip(names, values, strict=True))
                     yield TaskExample(task.name, {name: example.pop(name) for name in outputs}, example)
-        except tf.errors.OpError as error:
-            if found := re.search(r"\bUserError: (.*)", error.message):  # raised in Python code that TensorFlow calls
-                raise UserError(found[1]) from None
-            raise
+
+
+def _print(**arguments: str) -> None:
+    records = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # a task may print
+        for example in _examples(**arguments):
+            print(json.dumps(example, ensure_ascii=False), file=records)
 
 
 def main() -> int:
-    """`python -m vikhr_t5.data.task_texts JSON`: see `vikhr_t5.data.seqio_process`."""
-    records = sys.stdout
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # a task may print
-            for example in _examples(**json.loads(sys.argv[1])):
-                print(json.dumps(example, ensure_ascii=False), file=records)
-    except UserError as error:
-        print(error)
-        return 2
-    return 0
+    """`python -m vikhr_t5.data.task_texts JSON`, as `read_task` runs it."""
+    return seqio_process.main(_print)
 
 
 if __name__ == "__main__":
