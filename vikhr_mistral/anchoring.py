@@ -32,8 +32,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
-
 
 @dataclass(frozen=True)
 class AnchorConfig:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vikhr_mistral.packing import IGNORED
 from vikhr_t5.data.chats import HELD_OUT, SCHEMAS, SYSTEM_PROMPT, Chat, is_held_out
 from vikhr_t5.data.records import read_rows
 from vikhr_t5.errors import UserError
@@ -25,8 +26,6 @@ from vikhr_t5.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100  # label of a token without loss, as torch's cross-entropy has it
 
 
 Example = dict[str, np.ndarray]  # "input_ids" and "labels", int32 [T]; a label is the token itself, or IGNORED

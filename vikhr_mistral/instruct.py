@@ -21,7 +21,7 @@ from vikhr_mistral import chats, fingerprint
 from vikhr_mistral.config import read_config, to_yaml
 from vikhr_mistral.corpus import tokenizer_fingerprint
 from vikhr_mistral.models import Attention, Dtype, LoraConfig, load_model, load_tokenizer, save
-from vikhr_mistral.packing import ExampleRows
+from vikhr_mistral.packing import IGNORED, ExampleRows
 from vikhr_mistral.training import TrainConfig, train
 from vikhr_t5.data.chats import HELD_OUT, SYSTEM_PROMPT
 from vikhr_t5.files import write_text_atomic
@@ -113,12 +113,13 @@ def instruct(config_path: str | os.PathLike[str], overrides: Sequence[str] = ())
         trainable=config.trainable,
         lora=config.lora,
         new_rows_from=config.new_rows_from,
+        seed=seed,
     )
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomic(folder / "config.yaml", to_yaml(config))
         tokens = sum(len(example["input_ids"]) for example in loaded.train)
-        learned = sum((example["labels"] != chats.IGNORED).sum() for example in loaded.train)
+        learned = sum((example["labels"] != IGNORED).sum() for example in loaded.train)
         print(
             f"chats: {chats.describe(loaded.counts)}; {len(loaded.train):,} to train on,"
             f" {len(loaded.validation):,} held out\n{tokens:,} tokens, {learned / tokens:.1%} of them the bot's, in"
@@ -134,7 +135,7 @@ def instruct(config_path: str | os.PathLike[str], overrides: Sequence[str] = ())
         attention=config.attention,
         must_stay={
             "model": os.path.abspath(config.model),
-            "base": fingerprint.fingerprint(config.model),
+            "base": fingerprint.fingerprint(config.model) if state.is_main_process else None,  # which alone compares
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "chats": _digest(loaded),
             "sequence_length": length,
@@ -143,8 +144,6 @@ def instruct(config_path: str | os.PathLike[str], overrides: Sequence[str] = ())
     )
     if finished:
         save(model, tokenizer, config.model, folder / "model", state)
-    elif state.is_main_process:
-        print(f"stopped; the same command goes on from {folder}/checkpoints", file=sys.stderr)
 
 
 def _digest(loaded: chats.Chats) -> str:

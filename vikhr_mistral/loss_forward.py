@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from vikhr_mistral.anchoring import IGNORED, AnchorConfig, TokenLosses, chunked_losses
+from vikhr_mistral.anchoring import AnchorConfig, TokenLosses, chunked_losses
+from vikhr_mistral.packing import IGNORED
 
 
 def causal_model(model: Any) -> Any:

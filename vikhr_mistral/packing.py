@@ -35,7 +35,7 @@ from vikhr_t5.data.mixing import Interleaving, apportion
 from vikhr_t5.data.packing import plan_examples
 from vikhr_t5.errors import UserError
 
-IGNORED = -100
+IGNORED = -100  # in place of a target, or label: no loss; as torch's cross-entropy has it
 CYCLE = 1000  # rows after which the order of sources repeats; a share is exact in each cycle
 Row = dict[str, np.ndarray]
 

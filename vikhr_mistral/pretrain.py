@@ -114,7 +114,6 @@ def pretrain(config_path: str | os.PathLike[str], overrides: Sequence[str] = ())
         held_out = {
             name: _tokenized(config, f"held-out-{name}", corpus, tokenizer) for name, corpus in config.held_out.items()
         }
-        base = fingerprint.fingerprint(config.anchor.reference or config.model) if config.anchor.active else None
     length, steps, seed = config.sequence_length, config.train.max_steps, config.train.seed
     rows = MixedRows(
         [DocumentRows(corpus, length, seed, source_id) for source_id, corpus in enumerate(corpora)],
@@ -157,7 +156,7 @@ def pretrain(config_path: str | os.PathLike[str], overrides: Sequence[str] = ())
         must_stay={
             "model": os.path.abspath(config.model),
             "reference": config.anchor.active and os.path.abspath(config.anchor.reference or config.model),
-            "reference_fingerprint": base,
+            "reference_fingerprint": _fingerprint(config, state.is_main_process),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "corpora": {
                 name: [corpus.directory.name, config.corpora[name].share]
@@ -169,8 +168,13 @@ def pretrain(config_path: str | os.PathLike[str], overrides: Sequence[str] = ())
     )
     if finished:
         save(model, tokenizer, config.model, folder / "model", state)
-    elif state.is_main_process:
-        print(f"stopped; the same command goes on from {folder}/checkpoints", file=sys.stderr)
+
+
+def _fingerprint(config: PretrainConfig, is_main_process: bool) -> str | None:
+    """Of the reference's weights, all of which are read for it: by the process alone that compares it."""
+    if not config.anchor.active or not is_main_process:
+        return None
+    return fingerprint.fingerprint(config.anchor.reference or config.model)
 
 
 def _tokenized(

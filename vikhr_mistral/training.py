@@ -34,10 +34,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from vikhr_mistral.anchoring import IGNORED, AnchorConfig, TokenLosses
+from vikhr_mistral.anchoring import AnchorConfig, TokenLosses
 from vikhr_mistral.loss_forward import causal_model, loss_forward
 from vikhr_mistral.metrics import MetricsFile, flops_per_token, memory_gib, peak_flops
-from vikhr_mistral.packing import Collator
+from vikhr_mistral.packing import IGNORED, Collator
 from vikhr_mistral.reference import Reference
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path, write_text_atomic
@@ -246,7 +246,10 @@ def train(
         trainer.begin(folder, step, config, anchor, reference if anchor.active else None, source_names)
         with trainer.stopped_by_sigterm():
             trainer.train(resume_from_checkpoint=checkpoint)
-        return trainer.end()
+        finished = trainer.end()
+    if not finished and arguments.process_index == 0:
+        print(f"stopped; the same command goes on from {checkpoints}", file=sys.stderr)
+    return finished
 
 
 def _check_same_run(path: Path, fixed: Mapping[str, Any], resumed: bool) -> None:
