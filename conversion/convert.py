@@ -1,10 +1,6 @@
 """From any format to any other, array by array: whole or not at all."""
 
-import contextlib
-import errno
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from conversion import huggingface, t5x, vikhr
@@ -12,14 +8,19 @@ from conversion.safetensors import parse_size
 from conversion.stored import DTYPES, StoredModel
 from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError, nearest
-from vikhr_t5.files import atomic_path, system_error
+from vikhr_t5.files import atomic_path
 from vikhr_t5.model.config import T5Config
-from vikhr_t5.progress import Progress, human
+from vikhr_t5.outputs import check_output, room
+from vikhr_t5.progress import Progress
 from vikhr_t5.train.checkpoint_files import find_checkpoint
 
 FORMATS = ("hf", "t5x", "vikhr")
 # What a folder of each format holds: one with none of these, and not empty, is not replaced.
 _MARKS = ("config.json", "manifest.json", "checkpoint")
+_NO_ROOM = (
+    "its parameters alone take {needed} and {free} are free; nothing was written: make room, or convert with --dtype"
+    " bfloat16"
+)
 
 
 def open_model(
@@ -73,11 +74,11 @@ def write_model(
     folder = Path(destination).expanduser().absolute()
     if destination_format == "t5x":
         folder = t5x.folder_for(folder, model.step)
-    _check_replaceable(folder)
+    check_output(folder, *_MARKS, foreign="it holds no converted model")
     total = model.config.param_count() * DTYPES[kind].itemsize
     more = destination_format == "t5x" or (destination_format == "vikhr" and model.updates is not None)
     shown = Progress(f"writing {destination}", None if more else total, unit="bytes")  # optimizer state comes on top
-    with _room(folder, total), atomic_path(folder) as temporary, shown as progress:
+    with room(folder, total, _NO_ROOM), atomic_path(folder) as temporary, shown as progress:
         if destination_format == "hf":
             huggingface.write(model, temporary, kind, limit, folder.name, progress.advance, license)
         elif destination_format == "vikhr":
@@ -135,32 +136,3 @@ def format_of(path: str | os.PathLike[str]) -> str:
         return "hf"
     find_checkpoint(folder)
     return "vikhr"
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.is_file():
-        raise UserError(f"{folder} is a file: give a folder to write the model to")
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).is_file() for mark in _MARKS):
-        raise UserError(f"{folder} is not empty and holds no converted model: give a new folder")
-
-
-@contextlib.contextmanager
-def _room(folder: Path, needed: int) -> Iterator[None]:
-    """Says in one line that the disk is too small, before writing or when it fills."""
-    parent = next(place for place in folder.parents if place.exists())
-
-    def refusal(what: str) -> UserError:
-        free = human(shutil.disk_usage(parent).free)
-        return UserError(
-            f"{parent}: {what}: its parameters alone take {human(needed)}B and {free}B are free; nothing was written:"
-            " make room, or convert with --dtype bfloat16"
-        )
-
-    if shutil.disk_usage(parent).free < needed:
-        raise refusal("no room for the model")
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if system_error(error) in (errno.ENOSPC, errno.EDQUOT):
-            raise refusal("the disk filled while the model was written") from error
-        raise

@@ -18,6 +18,7 @@ from conversion.vikhr import Checkpoint
 from conversion.weights import Tensor, open_weights
 from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError
+from vikhr_t5.files import write_json
 
 _SHARED, _HEAD = "shared.weight", "lm_head.weight"
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -114,8 +115,8 @@ def write(
     configuration = config_json(config, dtype)
     folder.mkdir()
     tokenizer.write(model.vocabulary, folder)
-    tokenizer.write_json(folder / "config.json", configuration)
-    tokenizer.write_json(folder / "generation_config.json", generation_json(rows, size))
+    write_json(folder / "config.json", configuration)
+    write_json(folder / "generation_config.json", generation_json(rows, size))
     recipe = card.recipe(model.folder, model.step) if isinstance(model, Checkpoint) else ""
     text = card.text(model, model.vocabulary, dtype, name, license, recipe)
     (folder / "README.md").write_text(text, encoding="utf-8")

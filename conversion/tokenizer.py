@@ -19,6 +19,7 @@ from typing import Any
 from conversion.tokenizer_json import added_tokens, tokenizer_json
 from vikhr_t5.data.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary
 from vikhr_t5.errors import UserError
+from vikhr_t5.files import write_json
 
 _SENTINEL = re.compile(r"<extra_id_([0-9]+)>")
 _DEFAULT = 100  # sentinels of transformers' T5Tokenizer where nothing is said
@@ -62,11 +63,6 @@ def write(vocabulary: AnyVocabulary, folder: Path) -> None:
     }
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", {**named, "additional_special_tokens": others})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented UTF-8, as Hugging Face's libraries write their files."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> AnyVocabulary:

@@ -17,12 +17,12 @@ from rich.table import Table
 from conversion import safetensors
 from conversion.weights import Tensor, open_weights
 from vikhr_mistral import embeddings, focus, initialise_check, pieces, tokenizer_files
-from vikhr_mistral.outputs import check_output, room
+from vikhr_mistral.initialise_check import EMBEDDING, HEAD
 from vikhr_t5.errors import UserError
-from vikhr_t5.files import atomic_path
+from vikhr_t5.files import atomic_path, write_json
+from vikhr_t5.outputs import check_output, room
 from vikhr_t5.progress import Progress
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MATRICES = {EMBEDDING: "embed_tokens", HEAD: "lm_head"}
 STATISTICS = "init.json"
 _PADDING = 256  # rows that a base may have above its pieces
@@ -93,12 +93,12 @@ def init(
     with room(output, total), atomic_path(output) as folder, shown as progress:
         folder.mkdir()
         safetensors.write_sharded(folder, shapes, arrays(), dtype, limit, progress.advance)
-        _write_json(folder / "config.json", {**config, "vocab_size": len(plan.kinds)})
+        write_json(folder / "config.json", {**config, "vocab_size": len(plan.kinds)})
         if (base / "generation_config.json").is_file():
             shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
         tokenizer_files.write(new, folder)
         statistics = _statistics(plan, method, seed, norms)
-        _write_json(folder / STATISTICS, statistics)
+        write_json(folder / STATISTICS, statistics)
         if verify:
             initialise_check.check(base, folder, old, new, plan)
     show(statistics)
@@ -157,10 +157,6 @@ def _dtype(tensors: dict[str, Tensor], base: Path) -> np.dtype:
     if len(found) > 1:
         raise UserError(f"{base} stores its tensors as {' and '.join(found)}: save it in one type first")
     return next(iter(tensors.values())).dtype
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _statistics(plan: embeddings.Plan, method: str, seed: int, norms: dict[str, dict[str, float]]) -> dict[str, Any]:

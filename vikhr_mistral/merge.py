@@ -24,9 +24,9 @@ import numpy as np
 
 from conversion.weights import SAFETENSORS, Tensor, open_weights, read_safetensors
 from vikhr_mistral import fingerprint
-from vikhr_mistral.outputs import check_output
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
+from vikhr_t5.outputs import check_output
 from vikhr_t5.progress import Progress
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

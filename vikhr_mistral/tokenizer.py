@@ -9,12 +9,12 @@ from typing import Any
 
 from vikhr_mistral import donor as donors
 from vikhr_mistral import merging, pieces, tokenizer_files, tokenizer_report
-from vikhr_mistral.outputs import check_output
 from vikhr_t5.data.hashing import text_hash
 from vikhr_t5.data.records import read_texts
 from vikhr_t5.data.task_texts import read_task
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
+from vikhr_t5.outputs import check_output
 from vikhr_t5.progress import Progress
 
 HELD_OUT = 0.01  # of the corpus' documents, when the donor is trained

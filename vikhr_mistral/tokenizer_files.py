@@ -15,12 +15,12 @@ What differs: `<s>`, `</s>` and `<unk>` written in a text become those ids, as c
 `split_special_tokens=True` a call reads them as text, which is what SentencePiece does.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from conversion.tokenizer_json import merges
 from vikhr_mistral.pieces import CONTROL, FILE, SPACE
+from vikhr_t5.files import write_json
 
 FILES = (FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -50,7 +50,7 @@ def write(model: Any, folder: Path) -> None:
         ("tokenizer_config.json", config),
         ("special_tokens_map.json", special),
     ):
-        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / name, value)
 
 
 def tokenizer_json(model: Any) -> dict[str, Any]:

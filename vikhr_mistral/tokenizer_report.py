@@ -1,7 +1,6 @@
 """What an extended tokenizer is worth, checked on real text: the report of `vikhr-mistral tokenizer`."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.table import Table
 from vikhr_mistral import pieces
 from vikhr_mistral.merging import Merged, padded_size
 from vikhr_t5.data import fertility
+from vikhr_t5.files import write_json
 
 REPORT, CHARTS = "report.json", ("fertility.html", "fertility.png")
 EXAMPLES = 5  # of lines that differ
@@ -81,7 +81,7 @@ def _figures(name: str, processor: Any, texts: Sequence[str]) -> dict[str, Any]:
 
 def write(report: Mapping[str, Any], folder: Path) -> None:
     """Writes report.json and the chart of tokens per word, before and after."""
-    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / REPORT, report)
     measured = [fertility.Fertility(**figures) for figures in report["text"].values()]
     for chart in CHARTS:
         fertility.write_chart(measured, folder / chart)

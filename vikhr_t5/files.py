@@ -10,6 +10,7 @@ import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def sync_directory(path: Path) -> None:
@@ -95,6 +96,11 @@ def write_text_atomic(destination: str | os.PathLike[str], text: str) -> None:
     """`Path.write_text`, but whole or absent. UTF-8."""
     with atomic_path(destination) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented UTF-8, as Hugging Face's libraries write their files; into a folder that `atomic_path` makes."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def keep_lines_up_to(path: Path, step: int) -> None:

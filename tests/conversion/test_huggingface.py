@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def test_an_interrupted_export_leaves_nothing(
 def test_a_full_disk_is_said(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     with monkeypatch.context() as patched:
-        patched.setattr(convert.shutil, "disk_usage", lambda path: usage)
+        patched.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(UserError, match="no room for the model"):
             convert.write_model(make_model("v1.0"), tmp_path / "out", "hf")
 
