@@ -42,6 +42,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vikhr_t5/translate.py": ("vikhr_t5.translation_text",),
     "vikhr_t5/dry_run.py": ("vikhr_t5.train", "vikhr_t5.model", "vikhr_t5.data"),
     "vikhr_t5/cli.py": (
+        "vikhr_t5.cli_data",
+        "vikhr_t5.cli_vocab",
         "vikhr_t5.command_line",
         "vikhr_t5.data",
         "vikhr_t5.dry_run",
@@ -50,10 +52,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "vikhr_t5.launch",
         "vikhr_t5.report",
         "vikhr_t5.train",
-        "vikhr_t5.translate",
-        "vikhr_t5.translation_models",
         "conversion",
     ),
+    "vikhr_t5/cli_data.py": (
+        "vikhr_t5.command_line",
+        "vikhr_t5.data",
+        "vikhr_t5.translate",
+        "vikhr_t5.translation_models",
+    ),
+    "vikhr_t5/cli_vocab.py": ("vikhr_t5.cli_data", "vikhr_t5.command_line", "vikhr_t5.data", "conversion"),
     "vikhr_t5": (),
     "tasks": ("tasks", "vikhr_t5.data"),
     "conversion": (

@@ -1,16 +1,20 @@
-"""`vikhr-t5`: every command. Each parses its flags, calls one function of the package, and imports it only then."""
+"""`vikhr-t5`: every command. Each parses its flags, calls one function of the package, and imports it only then.
+
+Here: what trains and runs a model, converts it and reports; `cli_data` has the commands of data, `cli_vocab` those of
+vocabularies.
+"""
 
 import argparse
 import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vikhr_t5 import __version__
+from vikhr_t5 import __version__, cli_data, cli_vocab
 from vikhr_t5.command_line import Parser, add_command, exit_status, refuse_unknown
 from vikhr_t5.errors import UserError
 from vikhr_t5.packages import require_own
@@ -54,63 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     infer.add_argument("--shard_id", type=int, metavar="N", help="the same as --gin.infer.shard_id")
 
-    cache = add_command(
-        commands,
-        "cache",
-        _cache,
-        "turn a task or mixture into a token store",
-        "vikhr-t5 cache --mixture demo_ul2 --module tasks.demo --vocabulary runs/spiece.model --cache_dir runs/cache",
-    )
-    _data_flags(cache)
-    cache.add_argument("--splits", metavar="A,B", help="default: all")
-    cache.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes (default: one per core)")
-    cache.add_argument(
-        "--dedup",
-        choices=["exact", "minhash", "none"],
-        help="drop duplicate documents of a task (default: as it is cached already, else none)",
-    )
-    cache.add_argument("--max_bad_lines", type=int, metavar="N", help="of published sets: skip so many (default: 0)")
-    cache.add_argument("--beam_runner", metavar="R", help="through Apache Beam: FlinkRunner, SparkRunner, …")
-    cache.add_argument("--beam_options", default="", metavar="O", help="its pipeline options, in one argument")
-
-    preview = add_command(
-        commands,
-        "preview",
-        _preview,
-        "show examples as text, tokens, denoised, packed",
-        "vikhr-t5 preview --mixture demo_ul2 -n 2 --vocabulary runs/spiece.model --cache_dir runs/cache",
-    )
-    _data_flags(preview)
-    preview.add_argument("-n", type=int, default=3, metavar="N", help="examples (default 3)")
-    preview.add_argument("--split", default="train", help="default: train")
-    preview.add_argument("--inputs", type=int, default=512, metavar="S", help="inputs length (default 512)")
-    preview.add_argument("--targets", type=int, default=240, metavar="T", help="targets length (default 240)")
-    preview.add_argument("--denoisers", metavar="NAME", help="another mixture of denoisers: ul2, ul2r, fred, …")
-    preview.add_argument("--html", metavar="F", help="write a page instead: one file, for a browser or a phone")
-
-    decontaminate = add_command(
-        commands,
-        "decontaminate",
-        _decontaminate,
-        "report training examples that hold what a model is evaluated on",
-        "vikhr-t5 decontaminate --mixture vikhr_flan --module tasks.flan --against xwinograd_ru,xnli_ru,ru_mmlu "
-        "--data_dir evaluation --output contamination.html",
-    )
-    decontaminate.add_argument("--mixture", required=True, metavar="NAME", help="a seqio task or mixture")
-    decontaminate.add_argument("--module", default="tasks.demo", metavar="M", help="what registers it")
-    decontaminate.add_argument("--against", required=True, metavar="A,B", help="xwinograd_ru, xnli_ru, ru_mmlu")
-    decontaminate.add_argument("--data_dir", metavar="D", help="the sets' folder: D/NAME.jsonl, … (default: the hub)")
-    decontaminate.add_argument("--output", metavar="F", help="the report: .json or .html")
-    decontaminate.add_argument("--split", default="train", help="default: train")
-    decontaminate.add_argument("--ngram", type=int, default=13, metavar="N", help="words (default 13, as in GPT-3)")
-    decontaminate.add_argument(
-        "--min_share",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="of an item's n-grams (PaLM: --ngram 8 --min_share 0.7)",
-    )
-
+    cli_data.add_commands(commands)
     convert = add_command(
         commands,
         "convert",
@@ -134,37 +82,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="compare with transformers, or array by array (default: yes; of a large model, some layers)",
     )
 
-    translate = add_command(
-        commands,
-        "translate",
-        _translate,
-        "translate a set of instructions with a Hugging Face model",
-        "vikhr-t5 translate --input flan.jsonl --output flan_ru.jsonl --model facebook/nllb-200-distilled-600M "
-        "--source_lang eng_Latn --target_lang rus_Cyrl",
-        "Languages as the model names them: NLLB eng_Latn and rus_Cyrl, MADLAD ru, Marian (opus-mt) rus or none.\n"
-        "Stopped or killed, it goes on where it was. Rejected rows: OUTPUT.rejected. See docs/translation.md.",
-    )
-    translate.add_argument("--input", metavar="F,G", help="JSON lines or Parquet, folders of them, or a hub's dataset")
-    translate.add_argument("--mixture", metavar="NAME", help="a seqio task or mixture, in place of files")
-    translate.add_argument("--module", default="tasks.demo", metavar="M", help="what registers it")
-    translate.add_argument("--split", default="train", help="of it (default train)")
-    translate.add_argument("--fields", default="inputs,targets", metavar="A,B", help="names of the two texts of a row")
-    translate.add_argument("--output", required=True, metavar="F", help="the JSON lines to write")
-    translate.add_argument("--model", required=True, metavar="M", help="a local folder, or a name on the hub")
-    translate.add_argument("--source_lang", metavar="L", help="NLLB: eng_Latn")
-    translate.add_argument("--target_lang", metavar="L", help="rus_Cyrl, ru, rus")
-    translate.add_argument("--script", metavar="S", help="of the target (default: as in rus_Cyrl, or Cyrl)")
-    translate.add_argument(
-        "--ignore", default="", metavar="A,B", help="reasons that reject nothing: numbers, script, …"
-    )
-    translate.add_argument("--num_beams", type=int, default=1, metavar="N", help="default 1: greedy")
-    translate.add_argument("--batch_tokens", type=int, default=4096, metavar="N", help="of a batch (default 4096)")
-    translate.add_argument(
-        "--max_tokens", type=int, default=200, metavar="N", help="of a sentence; a longer one is divided"
-    )
-    translate.add_argument("--device", metavar="D", help="default: cuda where there is one")
-    translate.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
-
     report = add_command(
         commands,
         "report",
@@ -175,74 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run folders, in the order of their stages")
     report.add_argument("--output", metavar="F", help="default: report.html in the last run folder")
 
-    vocab = commands.add_parser("vocab", help="vocabularies", description="Vocabularies.")
-    actions = vocab.add_subparsers(title="actions", metavar="ACTION", required=True)
-    vocab_train = add_command(
-        actions,
-        "train",
-        _vocab_train,
-        "train a SentencePiece vocabulary from text",
-        "vikhr-t5 vocab train --input a.txt,b.txt --output spiece.model --size 8000",
-        "From files (--input), or from the texts of a seqio task (--mixture NAME --module M). VikhrT5's 58k has\n"
-        "--size 58068: with 300 sentinels 58,368 = 456 x 128 rows. See docs/vocabularies.md.",
-    )
-    vocab_train.add_argument("--input", metavar="F,G", help="text, JSON lines, Parquet; files or folders of them")
-    vocab_train.add_argument("--fields", default="text", metavar="A,B", help="of JSON lines and Parquet (default text)")
-    vocab_train.add_argument("--mixture", metavar="NAME", help="a seqio task or mixture, in place of files")
-    vocab_train.add_argument("--module", default="tasks.demo", metavar="M", help="what registers it")
-    vocab_train.add_argument("--split", default="train", help="of it (default train)")
-    vocab_train.add_argument("--output", required=True, metavar="F", help="the .model file to write")
-    vocab_train.add_argument("--size", type=int, required=True, metavar="N", help="pieces; sentinels come on top")
-    vocab_train.add_argument("--model_type", choices=["unigram", "bpe"], default="unigram")
-    vocab_train.add_argument("--character_coverage", type=float, default=0.9999, metavar="X", help="default 0.9999")
-    vocab_train.add_argument("--byte_fallback", action=argparse.BooleanOptionalAction, default=True)
-    vocab_train.add_argument("--split_digits", action=argparse.BooleanOptionalAction, default=True)
-    vocab_train.add_argument("--mode_tokens", metavar="A,B", help="default: those of ul2 and fred; '' for none")
-    vocab_train.add_argument("--max_lines", type=int, metavar="N", help="train on a random sample of the lines")
-    vocab_train.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
-    chart = add_command(
-        actions,
-        "chart",
-        _vocab_chart,
-        "how finely tokenizers cut a text, as table and picture",
-        "vikhr-t5 vocab chart --tokenizers Mistral=tokenizer.model.v1,ours=spiece.model --texts ru.txt --output a.png",
-        "A tokenizer is a SentencePiece model, a tokenizer.json, a tekken.json, OpenAI's NAME.tiktoken, or a folder\n"
-        "with one of them. See docs/vocabularies.md.",
-    )
-    chart.add_argument("--tokenizers", required=True, metavar="NAME=F,…", help="names and their files or folders")
-    chart.add_argument("--texts", required=True, metavar="F,G", help="text, JSON lines, Parquet to measure on")
-    chart.add_argument("--fields", default="text", metavar="A,B", help="of JSON lines and Parquet (default text)")
-    chart.add_argument("--output", metavar="F", help=".png, .svg or .html; without it, the table alone")
-    swap = add_command(
-        actions,
-        "swap",
-        _vocab_swap,
-        "put another vocabulary under a model",
-        "vikhr-t5 vocab swap --from hf flan-t5-xl runs/start --vocabulary spiece.model",
-        "New rows are means of the old rows of a piece's text. The result is a checkpoint to start a run from\n"
-        "(INITIAL_CHECKPOINT_PATH). See docs/conversion.md.",
-    )
-    extend = add_command(
-        actions,
-        "extend",
-        _vocab_extend,
-        "add the pieces of another vocabulary to a model's",
-        "vikhr-t5 vocab extend --from hf flan-t5-xl runs/start --vocabulary spiece.model",
-        "As swap, but the old pieces stay, under their ids.",
-    )
-    for change in (swap, extend):
-        change.add_argument("source", metavar="SRC", help="a run folder, a checkpoint's folder or a model's folder")
-        change.add_argument("destination", metavar="DST", help="the folder to write")
-        change.add_argument("--from", dest="from_format", choices=["hf", "t5x", "vikhr"], required=True)
-        change.add_argument("--to", dest="to_format", choices=["hf", "vikhr"], default="vikhr")
-        change.add_argument("--vocabulary", required=True, metavar="F", help="the new one: a .model file, or bytes")
-        change.add_argument(
-            "--extra_ids", type=int, metavar="N", help="sentinels of the result (default 300; bytes: 0)"
-        )
-        change.add_argument("--old_vocabulary", metavar="F", help="of a t5x checkpoint: a .model file, or bytes")
-        change.add_argument("--old_extra_ids", type=int, metavar="N", help="its sentinels (default 100; bytes: 0)")
-        change.add_argument("--text", metavar="F", help="a UTF-8 file to count tokens per word on")
-        change.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the parameters (default: as in SRC)")
+    cli_vocab.add_commands(commands)
     return parser
 
 
@@ -271,15 +121,6 @@ def _gin_command(
         parser.add_argument(ours_anyway, nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--seqio_additional_cache_dirs", help=argparse.SUPPRESS)
     return parser
-
-
-def _data_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mixture", required=True, metavar="NAME", help="a seqio task or mixture")
-    parser.add_argument("--module", default="tasks.demo", metavar="M", help="what registers it (default tasks.demo)")
-    parser.add_argument("--cache_dir", default="cache", metavar="D", help="where token stores lie (default ./cache)")
-    vocabulary = os.environ.get("VIKHR_T5_VOCABULARY")
-    parser.add_argument("--vocabulary", default=vocabulary, metavar="F", help="or bytes; default: $VIKHR_T5_VOCABULARY")
-    parser.add_argument("--extra_ids", type=int, metavar="N", help="sentinels (default 300; of bytes 0, as in ByT5)")
 
 
 def _launch(flags: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
@@ -353,73 +194,6 @@ def _run_on_checkpoint(flags: argparse.Namespace, function: Callable[..., Any]) 
     function(**arguments)
 
 
-def _cache(flags: argparse.Namespace) -> None:
-    vocabulary_file = _given_vocabulary(flags)
-    from vikhr_t5.data import cache  # TensorFlow: five seconds
-
-    cache.cache(
-        flags.mixture,
-        module=flags.module,
-        cache_dir=flags.cache_dir,
-        splits=flags.splits.split(",") if flags.splits else None,
-        num_workers=flags.num_workers,
-        vocabulary_file=vocabulary_file,
-        extra_ids=flags.extra_ids,
-        dedup_method=flags.dedup,
-        max_bad_lines=flags.max_bad_lines,
-        beam_runner=flags.beam_runner,
-        beam_options=flags.beam_options,
-    )
-
-
-def _preview(flags: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from vikhr_t5.data import pipeline, preview, preview_html, preview_terminal, vocabulary
-
-    config = pipeline.DatasetConfig(
-        mixture_or_task_name=flags.mixture,
-        task_feature_lengths={"inputs": flags.inputs, "targets": flags.targets},
-        split=flags.split,
-        batch_size=1,
-        seed=0,
-        module=flags.module,
-        cache_dir=flags.cache_dir,
-        denoisers=flags.denoisers,
-    )
-    seen = preview.gather(config, vocabulary.open_vocabulary(_given_vocabulary(flags), flags.extra_ids), flags.n)
-    if flags.html:
-        preview_html.write(seen, flags.html)
-        print(f"written: {flags.html}")
-    else:
-        preview_terminal.show(seen, Console())
-
-
-def _decontaminate(flags: argparse.Namespace) -> None:
-    from vikhr_t5.data import decontamination
-
-    if flags.output:
-        decontamination.check_output(flags.output)
-    report = decontamination.check(
-        flags.mixture,
-        flags.module,
-        against=flags.against.split(","),
-        data_dir=flags.data_dir,
-        split=flags.split,
-        ngram=flags.ngram,
-        min_share=flags.min_share,
-    )
-    print("\n".join(report.lines()))
-    if flags.output:
-        decontamination.write(report, flags.output)
-
-
-def _given_vocabulary(flags: argparse.Namespace) -> str:
-    if not flags.vocabulary:
-        raise UserError("no vocabulary: give --vocabulary=spiece.model (or bytes), or set VIKHR_T5_VOCABULARY")
-    return flags.vocabulary
-
-
 def _convert(flags: argparse.Namespace) -> int:
     require_own("conversion")
     from conversion import convert
@@ -450,136 +224,12 @@ def _convert(flags: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-def _translate(flags: argparse.Namespace) -> None:
-    from vikhr_t5 import translate
-    from vikhr_t5.data import records, task_texts
-
-    if bool(flags.input) == bool(flags.mixture):
-        raise UserError("translate: give --input FILES, or --mixture TASK, and not both")
-    if len(fields := flags.fields.split(",")) != 2:
-        raise UserError(f"--fields {flags.fields}: two names, of a row's inputs and of its targets")
-    source = {"input": flags.input} if flags.input else {"mixture": flags.mixture, "split": flags.split}
-
-    def rows() -> Iterator[translate.Row]:
-        if flags.input:
-            yield from records.read_rows([name for name in flags.input.split(",") if name])
-            return
-        for place, one in enumerate(task_texts.read_task(flags.mixture, flags.module, flags.split)):
-            yield f"{one.task}[{place}]", {**one.others, "task": one.task, **one.texts}
-
-    from vikhr_t5.translation_models import TranslationModel
-
-    translator = TranslationModel(
-        flags.model,
-        flags.source_lang,
-        flags.target_lang,
-        batch_tokens=flags.batch_tokens,
-        max_tokens=flags.max_tokens,
-        num_beams=flags.num_beams,
-        device=flags.device,
-        dtype=flags.dtype,
-    )
-    report = translate.translate(
-        rows,
-        flags.output,
-        translator,
-        {**source, **translator.settings},
-        fields=(fields[0], fields[1]),
-        script=flags.script or (flags.target_lang or "").partition("_")[2] or "Cyrl",
-        ignore=[reason for reason in flags.ignore.split(",") if reason],
-    )
-    print(f"{report}\nwritten: {flags.output}")
-
-
 def _report(flags: argparse.Namespace) -> None:
     from vikhr_t5 import report
 
     output = flags.output or Path(flags.run_dirs[-1]) / "report.html"
     report.report(flags.run_dirs, output)
     print(f"written: {output}")
-
-
-def _vocab_train(flags: argparse.Namespace) -> None:
-    from vikhr_t5.data import vocabulary
-
-    if bool(flags.input) == bool(flags.mixture):
-        raise UserError("vocab train: give --input FILES, or --mixture TASK, and not both")
-    if flags.mixture:
-        from vikhr_t5.data import task_texts
-
-        examples = task_texts.read_task(flags.mixture, flags.module, flags.split)
-        texts: Iterable[str] = (text for example in examples for text in example.texts.values())
-    else:
-        texts = _texts(flags.input, flags.fields)
-    modes = vocabulary.DEFAULT_MODE_TOKENS if flags.mode_tokens is None else flags.mode_tokens.split(",")
-    trained = vocabulary.train_vocabulary(
-        texts,
-        flags.output,
-        flags.size,
-        model_type=flags.model_type,
-        mode_tokens=[token for token in modes if token],
-        character_coverage=flags.character_coverage,
-        byte_fallback=flags.byte_fallback,
-        split_digits=flags.split_digits,
-        max_lines=flags.max_lines,
-        seed=flags.seed,
-    )
-    pieces = trained.size - trained.extra_ids
-    print(f"written: {flags.output}, {pieces} pieces; with {trained.extra_ids} sentinels {trained.padded_size} rows")
-
-
-def _texts(files: str, fields: str) -> Iterator[str]:
-    """The texts of files and folders, both joined by commas."""
-    from vikhr_t5.data import records
-
-    sources = [name for name in files.split(",") if name]
-    for field in fields.split(","):
-        yield from records.read_lines(sources, field)
-
-
-def _vocab_chart(flags: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from vikhr_t5.data import fertility, vocabulary
-
-    named = [part.rpartition("=")[::2] for part in flags.tokenizers.split(",") if part]
-    tokenizers = [fertility.open_tokenizer(source, name or None) for name, source in named]
-    if not (names := [tokenizer.name for tokenizer in tokenizers]):
-        raise UserError("no tokenizer: --tokenizers NAME=FILE, several joined by commas")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two tokenizers are called {twice[0]!r}: --tokenizers NAME=FILE gives them names")
-    lines = list(vocabulary.read_lines(_texts(flags.texts, flags.fields)))
-    measured = [fertility.measure(tokenizer, lines) for tokenizer in tokenizers]
-    Console().print(fertility.table(measured))
-    if flags.output:
-        fertility.write_chart(measured, flags.output)
-        print(f"written: {flags.output}")
-
-
-def _vocab_swap(flags: argparse.Namespace, extend: bool = False) -> None:
-    require_own("conversion")
-    from conversion import vocabulary_change
-    from vikhr_t5.data import vocabulary
-
-    old = None
-    if flags.old_vocabulary:
-        old = vocabulary.open_vocabulary(flags.old_vocabulary, flags.old_extra_ids, default=100)
-    vocabulary_change.change(
-        flags.source,
-        flags.from_format,
-        flags.destination,
-        flags.to_format,
-        vocabulary.open_vocabulary(flags.vocabulary, flags.extra_ids),
-        extend=extend,
-        old_vocabulary=old,
-        texts=vocabulary.read_lines([Path(flags.text)]) if flags.text else (),
-        dtype=flags.dtype,
-    )
-    print(f"written: {flags.destination}")
-
-
-def _vocab_extend(flags: argparse.Namespace) -> None:
-    _vocab_swap(flags, extend=True)
 
 
 def _use_huge_pages() -> None:
