@@ -4,15 +4,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from own_variables import own_variables
 
 
 @pytest.fixture(autouse=True)
 def _variables_are_as_before() -> Iterator[None]:
-    def ours() -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if name.startswith("VIKHR_T5_")}
-
-    before = ours()
+    before = own_variables()
     yield
-    for name in ours().keys() - before.keys():
+    for name in own_variables().keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+import hard_strings
 import pytest
 import sentencepiece
 from hypothesis import example, given, settings
@@ -20,27 +21,8 @@ from vikhr_t5.data.vocabulary import Vocabulary
 from vikhr_t5.errors import UserError
 
 HARD = [
-    "",
-    " ",
-    "   \t\n ",
-    "  два  пробела   и в конце  ",
-    "\tтабуляция\tи\r\nстроки\n\n",
-    "Ёж ещё ёлка Е\u0308ж и\u0306од",
-    "за\u0301мок и замо\u0301к, её\u0301 е\u0308\u0301",
-    "z\u0337\u0322\u0349a\u0327\u0301l\u0489g\u0336\u0341o\u0345",
-    "e\u0302\u0301 a\u0323\u0302 a\u0302\u0323 \u1ea1\u0302 \u212b \u03d3\u0308",
-    "½\u0301 ﬁ\u0301 ª\u0300 №\u0308 ①\u20dd",
-    "🙂 👩‍👩‍👧‍👦 🇷🇺 ☝🏽 ❤️ 🏴󠁧󠁢󠁥󠁮󠁧󠁿",
-    "№ ™ … ﬀ Ｆｕｌｌ ㎏ Ⅷ x² 10⁻³ ﷺ",
-    "a\u00a0b\u2003c\u3000d\u200be\u200d\u200cf\ufeffg\u00adh",
-    "\ufeffначало файла",
-    "\u0001\u0002без\u0000 управляющих\u007f",
-    "漢字とカタカナ ｶﾞ ﾊﾟ 한국어 \u1112\u1161\u11ab \u3131\u314f",
-    "مرحبا שלום नमस्ते สวัสดี",
+    *hard_strings.HARD,
     "▁ уже ▁▁ подчёркнуто ▁",
-    "<0x41> <0xD0> <0x0A>",
-    "3,14159 и 1234567890",
-    "https://пример.рф/путь?а=б&в=г#д",
     "<extra_id_0> начало, середина <extra_id_1> и конец <extra_id_299>",
     "<extra_id_7>",
     "  <extra_id_7>  <extra_id_8>да <extra_id_9>.",
@@ -55,7 +37,6 @@ HARD = [
     "Москва (<extra_id_0>) — столица; Россия<extra_id_1>.",
     "<extra_id_0><extra_id_1> <<extra_id_2> <extra_id_3>>",
     " <extra_id_4>слитно\t<extra_id_5>\n\n<extra_id_6><",
-    "a" * 300,
 ]
 
 

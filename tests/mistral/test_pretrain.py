@@ -1,7 +1,6 @@
 """The command: its result is plain transformers or PEFT, its positions are those of the base, bad input is named."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -23,16 +22,7 @@ from vikhr_mistral.pretrain import pretrain
 from vikhr_mistral.reference import Reference, adapters_off
 from vikhr_t5.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def environment():
-    before, threads = dict(os.environ), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 @pytest.fixture(scope="module")

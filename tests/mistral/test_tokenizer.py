@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import hard_strings
 import pytest
 import sentencepiece
 from hypothesis import example, given, settings
@@ -19,27 +20,9 @@ from vikhr_t5.errors import UserError
 
 DATA = Path(demo_data.__path__[0])
 HARD = [
-    "",
-    " ",
-    "   \t\n ",
-    "  два  пробела   и в конце  ",
-    "\tтабуляция\tи\r\nстроки\n\n",
-    "Ёж ещё ёлка Е\u0308ж и\u0306од",
-    "за\u0301мок и замо\u0301к, её\u0301 е\u0308\u0301",
-    "z\u0337\u0322\u0349a\u0327\u0301l\u0489g\u0336\u0341o\u0345",
-    "🙂 👩‍👩‍👧‍👦 🇷🇺 ☝🏽 ❤️ 🏴󠁧󠁢󠁥󠁮󠁧󠁿",
-    "№ ™ … ﬀ Ｆｕｌｌ ㎏ Ⅷ x² 10⁻³ ﷺ",
-    "a\u00a0b\u2003c\u3000d\u200be\u200d\u200cf\ufeffg\u00adh",
-    "\ufeffначало файла",
-    "\u0001\u0002без\u0000 управляющих\u007f",
-    "漢字とカタカナ 한국어 \u1112\u1161\u11ab",
-    "مرحبا שלום नमस्ते สวัสดี ქართული ᏣᎳᎩ",
-    "<0x41> <0xD0> <0x0A>",
-    "3,14159 и 1234567890",
-    "https://пример.рф/путь?а=б&в=г#д",
+    *hard_strings.HARD,
     "[INST] привет [/INST]",
     "def f(x):\n    if x:\n        return\t'да'\n",
-    "a" * 300,
     "да" * 300,
     "мамамамамамама и папапапапа",
 ]

@@ -25,16 +25,7 @@ from vikhr_t5.report import read_run, report
 STEPS, BATCH, LENGTH = 6, 4, 24
 
 
-@pytest.fixture(autouse=True)
-def environment():
-    """transformers and accelerate write environment variables; one thread is quicker for so small a model."""
-    before, threads = dict(os.environ), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 class Documents:

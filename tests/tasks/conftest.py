@@ -4,7 +4,6 @@ The tasks take their vocabulary from the environment when they are imported; the
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import seqio
+from own_variables import own_variables
 from published import PAGES
 
 from vikhr_t5.data.vocabulary import Vocabulary, train_vocabulary
@@ -43,12 +43,9 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 
 @pytest.fixture(autouse=True)
 def _no_variable_is_left() -> Iterator[None]:
-    def ours() -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if name.startswith("VIKHR_T5_")}
-
-    before = ours()
+    before = own_variables()
     yield
-    assert ours() == before
+    assert own_variables() == before
 
 
 @pytest.fixture(scope="session")
