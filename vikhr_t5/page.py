@@ -13,14 +13,27 @@ def escape(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def write_page(path: str | os.PathLike[str], template: Path, **values: str) -> None:
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}"""
+
+
+def write_page(path: str | os.PathLike[str], template: Path, title: str, **values: str) -> None:
     """Write a page, whole.
 
     Args:
         path: the HTML file; replaced.
-        template: HTML in which `{{name}}` stands for a value, and `{{style}}` for page.css.
-        values: HTML of each name; nothing in it is escaped or put in again.
+        template: HTML in which `{{name}}` stands for a value, and `{{head}}`, at its beginning, for all up to page.css
+            in a style element that is still open.
+        title, values: HTML of each name; nothing in it is escaped or put in again.
     """
-    values["style"] = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    values |= {"title": title, "head": _HEAD.format(title=title, style=style)}
     text = template.read_text(encoding="utf-8")
     write_text_atomic(path, re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], text))

@@ -34,7 +34,7 @@ def write(report: "Report", path: str | os.PathLike[str]) -> None:
     write_page(
         path,
         Path(__file__).with_name("decontamination_template.html"),
-        mixture=escape(f"{report.mixture}, {report.split}"),
+        title=f"Contamination of {escape(f'{report.mixture}, {report.split}')}",
         method=escape(report.method[0].upper() + report.method[1:] + "."),
         sets="\n".join(sets),
         tasks="\n".join(tasks),

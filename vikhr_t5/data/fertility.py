@@ -270,7 +270,7 @@ def write_chart(measured: Sequence[Fertility], output: str | os.PathLike[str]) -
         svg = drawing.decode()
         rows = [_html_row("th", _HEADINGS), *(_html_row("td", _row(one)) for one in measured)]
         values = {"drawing": svg[svg.index("<svg") :], "rows": "\n".join(rows), "note": _measured_on(measured[0])}
-        write_page(output, Path(__file__).parents[1] / "fertility_template.html", **values)
+        write_page(output, Path(__file__).parents[1] / "fertility_template.html", "Tokenizers", **values)
         return
     with atomic_path(output) as temporary:
         temporary.write_bytes(drawing)
