@@ -9,7 +9,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[seqio,hub,hf,beam,dedup,chart,mistral,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[seqio,hub,hf,beam,dedup,chart,mistral,metrics,benchmark,playground,docs,dev]'
 	touch $(STAMP)
 
 # The main job on the embedded Russian corpus: vocabulary, cache, UL2, instructions, Hugging Face, report.
