@@ -30,7 +30,7 @@ class Block:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
     def commands(self) -> Iterator[list[str]]:
-        """The words of each command of a bash block; comments, assignments before it and what it is piped into are cut."""
+        """The words of each command of a bash block, without comments and assignments; a pipe divides."""
         for line in self.text.replace("\\\n", " ").split("\n"):
             for part in re.split(r"\s(?:\||&&)\s", line):
                 words = shlex.split(part, comments=True)
