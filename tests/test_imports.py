@@ -38,7 +38,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vikhr_t5/eval.py": ("vikhr_t5.inference", "vikhr_t5.train", "vikhr_t5.data"),
     "vikhr_t5/infer.py": ("vikhr_t5.inference", "vikhr_t5.train", "vikhr_t5.data"),
     "vikhr_t5/t5x_dialect.py": (),
-    "vikhr_t5/report.py": (),
+    "vikhr_t5/report.py": ("vikhr_t5.report_charts", "vikhr_t5.run_folder"),
+    "vikhr_t5/report_charts.py": ("vikhr_t5.run_folder",),
     "vikhr_t5/translate.py": ("vikhr_t5.translation_text",),
     "vikhr_t5/dry_run.py": ("vikhr_t5.train", "vikhr_t5.model", "vikhr_t5.data"),
     "vikhr_t5/cli.py": (

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from vikhr_t5.errors import UserError
-from vikhr_t5.report import POINTS, Table, report, thin
+from vikhr_t5.report import report
+from vikhr_t5.report_charts import POINTS, thin
+from vikhr_t5.run_folder import Table
 
 DENOISERS = tuple(f"demo_ul2/{name}" for name in ("R-3-15", "R-8-15", "X-3-50", "X-8-50", "X-64-15", "X-64-50", "S-25"))
 TASKS = ("translate_ru_en", "translate_en_ru", "complete", "restore")
@@ -235,6 +237,44 @@ def test_a_run_without_a_step_yet(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"kind": "start", "step": 0, "time": 1.7e9}\n')
     report([folder], tmp_path / "report.html")
     assert _Page(tmp_path / "report.html").charts[0]["series"] == []
+
+
+def test_runs_side_by_side(stages: list[Path], tmp_path: Path) -> None:
+    """Each from its own beginning: a curve of each in every chart, one of each shared source; a row of figures each."""
+    other = write_run(tmp_path / "wide", DENOISERS, 0, 200, finished=True)
+    report([stages[0], other], tmp_path / "report.html", compare=True)
+    page = _Page(tmp_path / "report.html")
+    assert page.stages == []
+    for title in ("Loss", "Accuracy", "Loss of demo_ul2/S-25", "Throughput", "Gradient norm"):
+        curves = [s for s in next(c for c in page.charts if c["title"] == title)["series"] if not s["dots"]]
+        assert [s["name"] for s in curves] == ["ul2", "wide"]
+        assert [s["step"][-1] for s in curves] == [400, 200]
+        assert [s["step"][0] for s in curves] == [10, 10]
+    assert "what wide changes from ul2" in page.text
+    assert {"6:00", "3:00"} <= set(re.findall(r"\d+:\d\d", page.text))
+    with pytest.raises(UserError, match="two run folders or more"):
+        report([other], tmp_path / "report.html", compare=True)
+
+
+def test_cost_so_far_and_expected_end(tmp_path: Path) -> None:
+    """Two devices; 30 s to the first step, 100 steps in 100 s; a crash; an hour later 30 s and 100 s again."""
+    folder = write_run(tmp_path / "run", DENOISERS, 0, 200)
+    train = {"kind": "train", "loss": 1.0, "step_seconds": 0.9, "tokens_per_second": 10.0}
+    start = {"kind": "start", "devices": 2, "startup_seconds": 30.0, "total_steps": 1000}
+    lines = [{**start, "step": 0, "time": 1000.0}]
+    lines += [{**train, "step": step, "time": 1000.0 + step} for step in (50, 100)]
+    lines += [{**start, "step": 100, "time": 4700.0}]
+    lines += [{**train, "step": step, "time": 4600.0 + step} for step in (150, 200)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report([folder], tmp_path / "report.html", price_per_hour=36.0)
+    text = _Page(tmp_path / "report.html").text
+    # 260 s on two devices; 1.3 s a step, so 800 more take 1,040 s: until 5,840 s, and 2,600 device seconds in all.
+    for said in ("8:40device time", "$5.20spent", "1970-01-01 01:37expected end, UTC", "$26.00expected in the end"):
+        assert said in text
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "end", "step": 200, "time": 4800.0, "finished": True}) + "\n")
+    report([folder], tmp_path / "report.html")
+    assert "expected" not in _Page(tmp_path / "report.html").text
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -297,6 +297,7 @@ class AnchoredTrainer(Trainer):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         kind = torch.cuda.get_device_name() if self.args.device.type == "cuda" else "cpu"
         values = {"parameters": sum(p.numel() for p in self.model.parameters()), "trained_parameters": trained}
+        values |= {"total_steps": config.max_steps}
         self.metrics_file.write("start", step, {"devices": self.args.world_size, "device_kind": kind, **values})
         if step == 0 and self.eval_dataset:
             self.args.eval_on_start = True

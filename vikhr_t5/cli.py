@@ -86,10 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "report",
         _report,
-        "a run folder as one HTML page",
+        "run folders as one HTML page: the stages of a model, or runs to compare",
         "vikhr-t5 report runs/demo/ul2 runs/demo/instruct --output runs/demo/report.html",
     )
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run folders, in the order of their stages")
+    report.add_argument("--compare", action="store_true", help="they are runs beside one another, not stages")
+    report.add_argument("--price_per_hour", type=float, metavar="USD", help="of one device: what the run costs")
     report.add_argument("--output", metavar="F", help="default: report.html in the last run folder")
 
     cli_vocab.add_commands(commands)
@@ -228,7 +230,7 @@ def _report(flags: argparse.Namespace) -> None:
     from vikhr_t5 import report
 
     output = flags.output or Path(flags.run_dirs[-1]) / "report.html"
-    report.report(flags.run_dirs, output)
+    report.report(flags.run_dirs, output, flags.compare, flags.price_per_hour)
     print(f"written: {output}")
 
 

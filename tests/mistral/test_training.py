@@ -20,7 +20,8 @@ from vikhr_mistral.packing import Collator, DocumentRows, MixedRows
 from vikhr_mistral.reference import Reference
 from vikhr_mistral.training import TrainConfig, train
 from vikhr_t5.errors import UserError
-from vikhr_t5.report import read_run, report
+from vikhr_t5.report import report
+from vikhr_t5.run_folder import read_run
 
 STEPS, BATCH, LENGTH = 6, 4, 24
 

@@ -130,7 +130,7 @@ def train(
     run_step = jitted.lower(state, sums, batch, dropout_key).compile()
 
     log = metrics.MetricsLog(folder, step)
-    about = {"origin": origin, "parameters": model.config.param_count(), "peak": peak_source}
+    about = dict(origin=origin, total_steps=total_steps, parameters=model.config.param_count(), peak=peak_source)
     began, started = step, time.perf_counter()
     in_flight: collections.deque[jax.Array] = collections.deque()
     with (
