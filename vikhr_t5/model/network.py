@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from vikhr_t5.model import ops
+from vikhr_t5.model.attention import PlainAttention, attention_between
 from vikhr_t5.model.config import T5Config
 from vikhr_t5.model.parameters import abstract_params, declare, init, initialise, logical_axes, mlp_inputs
 
@@ -49,7 +50,7 @@ def _attention_block(
     config: T5Config,
     x: Array,
     memory: Array,
-    mask: Array,
+    attend: PlainAttention,
     bias: Array | None,
     drop: Dropout,
 ) -> Array:
@@ -58,7 +59,7 @@ def _attention_block(
     key = project(params, config, memory, "key")
     # Dropout of the weights with one draw for all queries, as in t5x, is dropout of whole keys: of rows of value.
     value = drop(project(params, config, memory, "value"), broadcast_axis=-1)
-    attended = ops.attention(query, key, value, mask, bias, config.float32_attention_logits)
+    attended = attend(query, key, value, bias)
     return ops.dense(attended, params["out"]["kernel"])
 
 
@@ -108,13 +109,11 @@ def _scan_layers(
     return lax.scan(body, x, (params, keys))[0]
 
 
-def _stack_bias(params: Params, config: T5Config, length: int, bidirectional: bool) -> Callable[[Params], Array]:
-    """layer parameters -> the bias [H, T, T] of that layer: its own, or the stack's, computed once."""
+def _stack_bias(params: Params, config: T5Config, attend: PlainAttention) -> Callable[[Params], Array]:
+    """layer parameters -> the relative-position bias of that layer: its own, or the stack's, computed once."""
     if config.relative_bias_per_layer:
-        return lambda layer: ops.relative_position_bias(
-            layer["relpos_bias"]["rel_embedding"], length, length, bidirectional
-        )
-    bias = ops.relative_position_bias(params["relpos_bias"]["rel_embedding"], length, length, bidirectional)
+        return lambda layer: attend.bias(layer["relpos_bias"]["rel_embedding"])
+    bias = attend.bias(params["relpos_bias"]["rel_embedding"])
     return lambda layer: bias
 
 
@@ -143,12 +142,12 @@ def encode(
     """encoder_input_tokens int [B, S] -> [B, S, D] in `config.dtype`. A dropout_key of None: no dropout."""
     stack = params["encoder"]
     segments = ops.segments_of(encoder_input_tokens, encoder_segment_ids)
-    mask = ops.attention_mask(segments, segments)
-    bias = _stack_bias(stack, config, encoder_input_tokens.shape[1], bidirectional=True)
+    attend = attention_between(config, segments, segments)
+    bias = _stack_bias(stack, config, attend)
 
     def layer(p: Params, x: Array, drop: Dropout) -> Array:
         y = ops.rms_norm(x, p["pre_attention_layer_norm"]["scale"])
-        x += drop(_attention_block(p["attention"], config, y, y, mask, bias(p), drop))
+        x += drop(_attention_block(p["attention"], config, y, y, attend, bias(p), drop))
         y = ops.rms_norm(x, p["pre_mlp_layer_norm"]["scale"])
         return x + drop(_mlp_block(p["mlp"], config, y, drop))
 
@@ -178,16 +177,17 @@ def decode(
         raise ValueError("give encoder_segment_ids and decoder_segment_ids together, or neither")
     stack = params["decoder"]
     segments = ops.segments_of(decoder_target_tokens, decoder_segment_ids)
-    causal_mask = ops.attention_mask(segments, segments, causal=True)
-    encoded_mask = ops.attention_mask(segments, ops.segments_of(encoder_input_tokens, encoder_segment_ids))
-    bias = _stack_bias(stack, config, decoder_input_tokens.shape[1], bidirectional=False)
+    attend = attention_between(config, segments, segments, causal=True)
+    encoded_segments = ops.segments_of(encoder_input_tokens, encoder_segment_ids)
+    attend_across = attention_between(config, segments, encoded_segments)
+    bias = _stack_bias(stack, config, attend)
 
     def layer(p: Params, x: Array, drop: Dropout) -> Array:
         def attend_self(block: Params, y: Array) -> Array:
-            return _attention_block(block, config, y, y, causal_mask, bias(p), drop)
+            return _attention_block(block, config, y, y, attend, bias(p), drop)
 
         def attend_encoded(block: Params, y: Array) -> Array:
-            return _attention_block(block, config, y, encoded, encoded_mask, None, drop)
+            return _attention_block(block, config, y, encoded, attend_across, None, drop)
 
         return decoder_layer(p, config, x, attend_self, attend_encoded, drop)
 
