@@ -71,7 +71,7 @@ CHANGES = {
 
 
 def test_every_field_has_its_test():
-    assert {field.name for field in dataclasses.fields(network.T5Config)} == CHANGES.keys() | {"remat_policy"}
+    assert {field.name for field in dataclasses.fields(network.T5Config)} == CHANGES.keys() | {"remat_policy", "attention"}
 
 
 @pytest.mark.parametrize("field", CHANGES)

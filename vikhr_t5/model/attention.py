@@ -3,37 +3,99 @@
 B batch, T query (target) length, S key (source) length, H heads, K head dim, G relative-position buckets.
 """
 
-from jax import Array
+import math
+from functools import partial
+from typing import Protocol
 
-from vikhr_t5.model import ops
+import flax.linen as nn
+import jax
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from vikhr_t5.errors import UserError
+from vikhr_t5.model import attention_kernel, ops
 from vikhr_t5.model.config import T5Config
 
 
-class PlainAttention:
-    """Attention of queries to keys of given segments, in XLA's own operations.
+class Attention(Protocol):
+    """Attention of queries to keys of known segments, without scaling."""
+
+    def bias(self, table: Array) -> Array:
+        """A table of relative-position biases [H, G] in the form that a call takes."""
+
+    def __call__(self, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+        """[B, T, H, K], [B, S, H, K], [B, S, H, K] -> [B, T, H*K]."""
+
+
+def attention_between(config: T5Config, query_segments: Array, key_segments: Array, causal: bool = False) -> Attention:
+    """How queries attend to keys.
 
     Args:
         query_segments: int [B, T], 0 at padding. key_segments: int [B, S].
         causal: a query sees no key after its own position, and offsets into the future have no bucket.
-        float32_logits: see `ops.attention`.
+
+    Raises:
+        UserError: `config.attention` is "fused", and the kernel cannot take heads of this size.
     """
+    supported = attention_kernel.supports(config.head_dim, config.dtype)
+    if config.attention == "fused" and not supported:
+        raise UserError(
+            f"T5Config.attention 'fused' takes a head_dim that is a power of 2 from 16, of at most 256 bytes; not"
+            f" {config.head_dim} of {config.dtype}: use 'auto' or 'plain'"
+        )
+    if config.attention == "fused" or (config.attention == "auto" and supported and _on_ampere_or_later()):
+        return FusedAttention(query_segments, key_segments, causal)
+    return PlainAttention(query_segments, key_segments, causal, config.float32_attention_logits)
+
+
+def _on_ampere_or_later() -> bool:
+    """Whether arrays live on NVIDIA GPUs that XLA compiles Triton for."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")  # "8.0"; AMD's are names, "gfx942"
+    return "." in capability and float(capability) >= 8
+
+
+class PlainAttention:
+    """In XLA's own operations, for any device: the mask [B, T, S] and the bias [H, T, S] are arrays."""
 
     def __init__(self, query_segments: Array, key_segments: Array, causal: bool, float32_logits: bool):
         self._mask = ops.attention_mask(query_segments, key_segments, causal)
         self._bidirectional, self._float32_logits = not causal, float32_logits
 
     def bias(self, table: Array) -> Array:
-        """A table of relative-position biases [H, G], in the form that a call takes: here [H, T, S]."""
+        """table [H, G] -> [H, T, S]."""
         _, queries, keys = self._mask.shape
         return ops.relative_position_bias(table, queries, keys, self._bidirectional)
 
     def __call__(self, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
-        """[B, T, H, K], [B, S, H, K], [B, S, H, K] -> [B, T, H*K]."""
         return ops.attention(query, key, value, self._mask, bias, self._float32_logits)
 
 
-def attention_between(
-    config: T5Config, query_segments: Array, key_segments: Array, causal: bool = False
-) -> PlainAttention:
-    """The attention of queries [B, T] to keys [B, S]: see `PlainAttention`."""
-    return PlainAttention(query_segments, key_segments, causal, config.float32_attention_logits)
+class FusedAttention:
+    """In one kernel: see `attention_kernel`. Each device computes its own rows and heads.
+
+    XLA cannot split a kernel over a mesh by itself, so this does, by the logical axes "batch" and "joined_kv". It acts
+    inside of a mesh and `flax.linen.logical_axis_rules`; heads that the mesh does not divide are computed by all.
+    """
+
+    def __init__(self, query_segments: Array, key_segments: Array, causal: bool):
+        self._segments = query_segments, key_segments
+        self._blocks = attention_kernel.visited_blocks(query_segments, key_segments, causal)
+        self._causal = causal
+
+    def bias(self, table: Array) -> Array:
+        """table [H, G], as it is."""
+        return table
+
+    def __call__(self, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
+        attend = partial(attention_kernel.fused_attention, causal=self._causal)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.size > 1:
+            batch, heads = nn.logical_to_mesh_axes(("batch", "joined_kv"))
+            axes = (heads,) if isinstance(heads, str) else heads or ()
+            if query.shape[2] % math.prod(mesh.shape[axis] for axis in axes):
+                heads = None
+            split, table, row = PartitionSpec(batch, None, heads), PartitionSpec(heads), PartitionSpec(batch)
+            given = (split, split, split, None if bias is None else table, row, row, row, row)
+            attend = jax.shard_map(attend, in_specs=given, out_specs=split, check_vma=False)
+        attended = attend(query, key, value, bias, *self._segments, *self._blocks)
+        return attended.reshape(*query.shape[:2], -1)

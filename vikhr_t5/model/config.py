@@ -10,12 +10,14 @@ from vikhr_t5.errors import UserError, nearest
 
 ACTIVATIONS = ("linear", "relu", "gelu", "silu", "swish")
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "plain", "fused")
 REMAT_POLICIES = ("none", "minimal", "full")
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The names and defaults are those of t5x's `network.T5Config`; `relative_bias_per_layer` is ours.
+    """The names and defaults are those of t5x's `network.T5Config`; `relative_bias_per_layer` and `attention` are
+    ours.
 
     Args:
         vocab_size: rows of the embedding; None means "the vocabulary's padded size", filled in by the model.
@@ -34,6 +36,9 @@ class T5Config:
             "full" (the whole layer).
         relative_bias_per_layer: each layer has its own relative-position bias (t5x's scalable_t5, umT5) instead of
             one per stack (T5).
+        attention: "fused", one kernel that holds neither weights nor bias nor mask in memory (on a CPU an interpreter
+            runs it, for tests); "plain", XLA's own operations; "auto": fused on NVIDIA GPUs from Ampere on, where
+            heads suit it.
 
     Raises:
         UserError: a value out of range; the line names the field, the value and what is allowed.
@@ -53,6 +58,7 @@ class T5Config:
     float32_attention_logits: bool = False
     remat_policy: str = "none"
     relative_bias_per_layer: bool = False
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         dtype = self.dtype if isinstance(self.dtype, str) else jnp.dtype(self.dtype).name
@@ -64,6 +70,7 @@ class T5Config:
             raise UserError("T5Config.dtype 'float16' overflows in T5's feed-forward output: use 'bfloat16'")
         _check_name("dtype", dtype, DTYPES)
         _check_name("remat_policy", self.remat_policy, REMAT_POLICIES)
+        _check_name("attention", self.attention, ATTENTIONS)
         for activation in activations:
             _check_name("mlp_activations", activation, ACTIVATIONS)
         if not activations:

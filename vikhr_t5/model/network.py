@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from vikhr_t5.model import ops
-from vikhr_t5.model.attention import PlainAttention, attention_between
+from vikhr_t5.model.attention import Attention, attention_between
 from vikhr_t5.model.config import T5Config
 from vikhr_t5.model.parameters import abstract_params, declare, init, initialise, logical_axes, mlp_inputs
 
@@ -50,7 +50,7 @@ def _attention_block(
     config: T5Config,
     x: Array,
     memory: Array,
-    attend: PlainAttention,
+    attend: Attention,
     bias: Array | None,
     drop: Dropout,
 ) -> Array:
@@ -109,7 +109,7 @@ def _scan_layers(
     return lax.scan(body, x, (params, keys))[0]
 
 
-def _stack_bias(params: Params, config: T5Config, attend: PlainAttention) -> Callable[[Params], Array]:
+def _stack_bias(params: Params, config: T5Config, attend: Attention) -> Callable[[Params], Array]:
     """layer parameters -> the relative-position bias of that layer: its own, or the stack's, computed once."""
     if config.relative_bias_per_layer:
         return lambda layer: attend.bias(layer["relpos_bias"]["rel_embedding"])
