@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from vikhr_t5.devices import PEAK_TFLOPS
+from vikhr_t5.devices import KINDS
 from vikhr_t5.errors import UserError
 from vikhr_t5.train.metrics import Cost, MetricsLog, memory_gib, peak_flops, summarize, summarize_training
 
@@ -67,7 +67,7 @@ def test_peak_is_the_tables_where_it_has_the_device(monkeypatch):
 
 
 def test_no_entry_of_the_peak_table_hides_another():
-    names = [name for name, _ in PEAK_TFLOPS]
+    names = [prefix for kind in KINDS for prefix in kind.prefixes]
     for i, name in enumerate(names):
         assert not any(name.startswith(earlier) for earlier in names[:i]), name
 
