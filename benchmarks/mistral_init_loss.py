@@ -1,100 +1,154 @@
 """Loss on Russian right after the tokenizer was extended, by how the new rows were made.
 
-    python benchmarks/mistral_init_loss.py --work_dir /tmp/init_loss --minutes 10
+    python benchmarks/mistral_init_loss.py --model gemma-3-270m --pages 10
+    python benchmarks/mistral_tiny_base.py --output tiny --minutes 13
+    python benchmarks/mistral_init_loss.py --model tiny --donor_size 5000
 
-A small Mistral is trained on the embedded Russian and English pages for --minutes. It stands for a base that knows
-Russian in small pieces: its tokenizer has 2,000, trained on four parts of English and one of Russian. (Mistral's own
-32,000 would cost sixteen times the training on a CPU.) It is extended by pieces from the same Russian pages, rows are
-made by each method, and the loss is taken on the held-out pages, without any training.
-All methods see the same tokens; nats per character compare models with different tokenizers, too.
+--model is a folder of a causal language model with a SentencePiece BPE tokenizer.model: Mistral, Llama 2, Gemma 3. Its
+tokenizer gets pieces from the embedded Russian pages, its matrices rows from vikhr_mistral.embeddings, and the loss is
+taken on held-out pages, with no training. All methods see the same tokens; nats per character compare with the base,
+too. A tied matrix is copied first, so that input and output can take rows of different methods.
 
-FOCUS gets vectors from the same pages: positive pointwise mutual information within five pieces, factored to 64 numbers
-(Levy & Goldberg 2014), where the paper has fastText. "random" is N(0, 0.02), transformers' mean_resizing=False;
-"normal" is its mean_resizing=True.
+Next to the methods: "first" and "last" take the row of the first or last old piece alone, "plain mean" the mean of all
+old rows, "random 0.02" N(0, 0.02), "random std" N(0, σ) with σ that of the old matrix (transformers'
+mean_resizing=False draws with the configuration's initializer_range, 0.02 as a rule). FOCUS gets vectors from the same
+pages: positive pointwise mutual information within five pieces, factored to 64 numbers (Levy & Goldberg 2014), where
+the paper has fastText.
 """
 
 import argparse
-import time
-from collections.abc import Iterator
+import dataclasses
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from mistral_tiny_base import pages
+from transformers import AutoModelForCausalLM
 
 from vikhr_mistral import donor as donors
-from vikhr_mistral import embeddings, initialise, pieces, tokenizer, tokenizer_files
-from vikhr_t5.data.hashing import text_hash
-from vikhr_t5.data.records import read_texts
+from vikhr_mistral import embeddings, focus, merging, pieces
 
-DATA = Path(__file__).resolve().parents[1] / "tasks" / "demo_data"
-HELD_OUT, BLOCK, BATCH = 0.05, 128, 8
-
-
-def pages(language: str, held_out: bool) -> list[str]:
-    """The embedded pages of one side of the split."""
-    texts = (text for _, text in read_texts(str(DATA / f"{language}.txt")))
-    return [text for text in texts if (text_hash(text.encode()) < HELD_OUT) == held_out]
+BLOCK, AT_ONCE = 256, 256
+MEAN, WEIGHTED, EXPONENTIAL, NORMAL, FOCUS = embeddings.METHODS
+FIRST, LAST, PLAIN, RANDOM, SPREAD = "first", "last", "plain mean", "random 0.02", "random std"
+ROWS = (RANDOM, SPREAD, PLAIN, NORMAL, MEAN, WEIGHTED, FOCUS, EXPONENTIAL, FIRST, LAST)
 
 
-def batches(ids: np.ndarray, seed: int) -> Iterator[torch.Tensor]:
-    rng = np.random.default_rng(seed)
-    while True:
-        starts = rng.integers(0, len(ids) - BLOCK, BATCH)
-        yield torch.from_numpy(np.stack([ids[start : start + BLOCK] for start in starts]))
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Nats, means over tokens; `mass` is the probability that new rows have together."""
+
+    total: float
+    characters: int
+    tokens: int
+    old_targets: float
+    new_targets: float
+    mass: float
+
+    def __str__(self) -> str:
+        per_character = self.total / self.characters
+        per_token = f"{self.total / self.tokens:7.3f} /token {per_character:6.3f} /character"
+        return f"{per_token}  new targets {self.new_targets:6.3f}, old {self.old_targets:6.3f}, mass {self.mass:.3f}"
 
 
-def train_base(folder: Path, minutes: float) -> None:
-    """Half Russian, half English, one pass after another until the time is over."""
-    english, russian = pages("en", False), pages("ru", False)
-    model_proto = donors.train([*english, *russian[::4]], pieces.open_model("mistral"), 2000)
-    encode = pieces.encoder(model_proto)
-    languages = [np.array([id for page in pages(lang, False) for id in [1, *encode(page)]]) for lang in ("ru", "en")]
-    print("tokens:", {"ru": len(languages[0]), "en": len(languages[1])})
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = MistralConfig(vocab_size=2000, **sizes, num_key_value_heads=2, max_position_embeddings=1024)
-    model = MistralForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    sources, started, step = [batches(ids, seed) for seed, ids in enumerate(languages)], time.monotonic(), 0
-    while (passed := (time.monotonic() - started) / 60 / minutes) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, step / 20) * (1 - passed)
-        block = torch.cat([next(source)[: BATCH // 2] for source in sources])
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=block, labels=block).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step}, {step * BATCH * BLOCK / 1e6:.2f}M tokens, loss {loss.item():.3f}", flush=True)
-    model.save_pretrained(folder)
-    tokenizer_files.write(model_proto, folder)
+def one_piece(plan: embeddings.Plan, last: bool) -> embeddings.Plan:
+    """The plan with all weight on the first or the last old piece."""
+    weights, used = np.zeros_like(plan.weights), np.flatnonzero(np.diff(plan.starts))
+    weights[plan.starts[used + 1] - 1 if last else plan.starts[used]] = 1
+    return dataclasses.replace(plan, weights=weights)
 
 
-@torch.inference_mode()
-def loss(folder: Path, texts: list[str]) -> tuple[float, float]:
-    """Nats per token and per character of texts, each cut into blocks of their own."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    encode = pieces.encoder(pieces.open_model(folder))
-    total, count = 0.0, 0
-    for text in texts:
-        ids = encode(text)
+def make_rows(name: str, plans: dict[str, embeddings.Plan], old: np.ndarray, for_output: bool) -> np.ndarray:
+    """[O, D] -> [V, D]."""
+    if name in plans:
+        return embeddings.new_rows(embeddings.for_output(plans[name], name) if for_output else plans[name], old, name)
+    if name in (FIRST, LAST):
+        return embeddings.new_rows(one_piece(plans[MEAN], name == LAST), old)
+    plan, generator = plans[MEAN], np.random.default_rng(0)
+    rows, made = embeddings.new_rows(plan, old), np.flatnonzero(plan.kinds != embeddings.KEPT)
+    if name == PLAIN:
+        rows[made] = old[: plan.old_size].mean(axis=0, dtype=np.float64)
+    else:
+        rows[made] = generator.normal(0, 0.02 if name == RANDOM else old.std(), (len(made), old.shape[1]))
+    return rows
+
+
+class Base:
+    """A model with its own matrices, its tokenizer and the extended one, and held-out text in both.
+
+    Attributes:
+        embedding, head: [O, D]; ids: [T] of the text with new pieces.
+    """
+
+    def __init__(self, folder: str, donor_size: int, text: str) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.old, self.text = pieces.open_model(folder), text
+        self.new = merging.merge(self.old, donors.train(pages("ru", False), self.old, donor_size)).model
+        self.size, self.ids = len(self.old.pieces), pieces.encoder(self.new)(text)
+        modules = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.embedding, self.head = (module.weight.detach().numpy()[: self.size].copy() for module in modules)
+
+    @torch.inference_mode()
+    def states(self, embedding: np.ndarray, ids: list[int]) -> torch.Tensor:
+        """[T, D]: before each token, from blocks that know nothing of one another."""
+        self.model.get_input_embeddings().weight = torch.nn.Parameter(torch.from_numpy(embedding))
+        start, found = self.old.trainer_spec.bos_id, []
         for first in range(0, len(ids), BLOCK):
-            block = torch.tensor([[1, *ids[first : first + BLOCK]]])
-            logits = model(input_ids=block).logits[0, :-1].float()
-            total += torch.nn.functional.cross_entropy(logits, block[0, 1:], reduction="sum").item()
-            count += block.shape[1] - 1
-    return total / count, total / sum(map(len, texts))
+            block = torch.tensor([[start, *ids[first : first + BLOCK]]])
+            found.append(self.model.base_model(input_ids=block, use_cache=False).last_hidden_state[0, :-1])
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def old_logits(self, states: torch.Tensor, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """([T] log Σ exp of the old pieces' logits, [T] the target's logit where that is an old piece)."""
+        head, targets = torch.from_numpy(self.head), torch.tensor(ids).clamp(max=self.size - 1)
+        sums, chosen = [], []
+        for part, target in zip(states.split(AT_ONCE), targets.split(AT_ONCE), strict=True):
+            logits = part @ head.T
+            sums.append(logits.logsumexp(1))
+            chosen.append(logits.gather(1, target[:, None])[:, 0])
+        return torch.cat(sums), torch.cat(chosen)
+
+    def base_loss(self) -> Loss:
+        """Of the text in old pieces."""
+        ids = pieces.encoder(self.old)(self.text)
+        sums, target = self.old_logits(self.states(self.embedding, ids), ids)
+        total = (sums - target).sum().item()
+        return Loss(total, len(self.text), len(ids), total / len(ids), float("nan"), 0.0)
+
+    @torch.inference_mode()
+    def losses(self, embedding: np.ndarray, heads: dict[str, np.ndarray]) -> dict[str, Loss]:
+        """Of the text in new pieces, by the method of the head's rows.
+
+        embedding: [V, D]; heads: [V − O, D] each, the new rows.
+        """
+        states = self.states(embedding, self.ids)
+        sums, old_target = self.old_logits(states, self.ids)
+        ids, found = torch.tensor(self.ids), {}
+        is_new = ids >= self.size
+        for name, head in heads.items():
+            logits = states @ torch.from_numpy(head).T
+            new_target = logits.gather(1, (ids - self.size).clamp(min=0)[:, None])[:, 0]
+            new_sums = logits.logsumexp(1)
+            both = torch.logaddexp(sums, new_sums)
+            nats = both - torch.where(is_new, new_target, old_target)
+            found[name] = Loss(
+                nats.sum().item(),
+                len(self.text),
+                len(ids),
+                nats[~is_new].mean().item(),
+                nats[is_new].mean().item(),
+                (new_sums - both).exp().mean().item(),
+            )
+        return found
 
 
-def write_vectors(path: Path, folder: Path, texts: list[str], window: int = 5, width: int = 64) -> None:
+def write_vectors(path: Path, model: Any, texts: list[str], window: int = 5, width: int = 64) -> None:
     """A vector for each piece of the texts, in fastText's text format."""
-    model = pieces.open_model(folder)
     encode, size = pieces.encoder(model), len(model.pieces)
     counts = scipy.sparse.csr_matrix((size, size))
     for ids in map(np.array, map(encode, texts)):
@@ -111,49 +165,40 @@ def write_vectors(path: Path, folder: Path, texts: list[str], window: int = 5, w
     path.write_text("\n".join([f"{len(used)} {width}", *lines]) + "\n", encoding="utf-8")
 
 
-def randomize(source: Path, target: Path, old_size: int) -> None:
-    """A copy of an extended model with rows of N(0, 0.02)."""
-    target.mkdir()
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    tensors, generator = load_file(target / "model.safetensors"), torch.Generator().manual_seed(0)
-    for name in initialise.MATRICES:
-        tensors[name][old_size:].normal_(0, 0.02, generator=generator)
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-
-
-def compare(work_dir: Path, minutes: float, donor_size: int) -> dict[str, tuple[float, float]]:
-    """Method -> nats per token and per character of held-out Russian; of the base under "base"."""
-    base, extended = work_dir / "base", work_dir / "tokenizer"
-    if not base.exists():
-        train_base(base, minutes)
-    (work_dir / "ru.txt").write_text("\n\n".join(pages("ru", False)), encoding="utf-8")
-    tokenizer.extend(str(base), extended, corpus=[str(work_dir / "ru.txt")], donor_size=donor_size)
-    russian, english = pages("ru", True), pages("en", True)[:20]
-    rows = {"base": loss(base, russian)}
-    write_vectors(work_dir / "pieces.vec", extended, pages("ru", False))
-    for method in embeddings.METHODS:
-        auxiliary = str(work_dir / "pieces.vec") if method == embeddings.FOCUS else None
-        initialise.init(base, extended, work_dir / method, method=method, auxiliary=auxiliary, verify=True)
-        rows[method] = loss(work_dir / method, russian)
-    randomize(work_dir / "mean", work_dir / "random", 2000)
-    rows["random"] = loss(work_dir / "random", russian)
-    print(f"held-out Russian: {len(russian)} pages, {sum(map(len, russian)):,} characters")
-    for name, (per_token, per_character) in rows.items():
-        print(f"{name:14} {per_token:.3f} nats/token {per_character:.3f} nats/character")
-    before, after = loss(base, english)[1], loss(work_dir / "mean", english)[1]
-    print(f"held-out English: {before:.4f} nats/character before, {after:.4f} after")
-    return rows
+def compare(folder: str, donor_size: int, num_pages: int, methods: Sequence[str]) -> dict[tuple[str, str], Loss]:
+    """(method of the embedding, method of the head) -> loss; printed as it comes."""
+    base = Base(folder, donor_size, "\n\n".join(pages("ru", True)[:num_pages]))
+    stated = [name for name in embeddings.METHODS if name in methods or name == MEAN]
+    plans = {name: embeddings.plan(base.old, base.new, name) for name in stated}
+    if FOCUS in methods:
+        with tempfile.TemporaryDirectory() as temporary:
+            write_vectors(Path(temporary) / "pieces.vec", base.new, pages("ru", False))
+            plans[FOCUS] = focus.focused(plans[FOCUS], base.new, Path(temporary) / "pieces.vec")
+    made = plans[MEAN].kinds == embeddings.MADE
+    print(f"{folder}: {base.size:,} pieces, {made.sum():,} new ones of {np.diff(plans[MEAN].starts)[made].mean():.2f}")
+    print(f"σ of the embedding {base.embedding.std():.3f}, of the head {base.head.std():.3f}")
+    print(
+        f"{len(base.text):,} characters, {len(base.ids):,} tokens, new: {np.mean(np.array(base.ids) >= base.size):.2f}"
+    )
+    print(f"{'base, its own tokens':25} {base.base_loss()}", flush=True)
+    heads = {name: make_rows(name, plans, base.head, for_output=True)[base.size :].copy() for name in methods}
+    found = {}
+    for name in methods:
+        embedding = make_rows(name, plans, base.embedding, for_output=False)
+        for head, loss in base.losses(embedding, heads).items():
+            found[name, head] = loss
+            print(f"{name:13} / {head:13} {loss}", flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--donor_size", type=int, default=5_000)
+    parser.add_argument("--model", required=True, metavar="FOLDER")
+    parser.add_argument("--donor_size", type=int, default=20_000)
+    parser.add_argument("--pages", type=int, default=20, help="held-out pages to measure on")
+    parser.add_argument("--methods", nargs="+", choices=ROWS, default=ROWS, metavar="M", help="default: all")
     flags = parser.parse_args()
-    flags.work_dir.mkdir(parents=True, exist_ok=True)
-    compare(flags.work_dir, flags.minutes, flags.donor_size)
+    compare(flags.model, flags.donor_size, flags.pages, flags.methods)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ def _init_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--base", required=True, metavar="D", help="the base model's folder")
     parser.add_argument("--tokenizer", required=True, metavar="D", help="what vikhr-mistral tokenizer wrote")
     parser.add_argument("--output", required=True, metavar="D", help="the model folder to write")
-    parser.add_argument("--method", default="mean", metavar="M", help="mean, weighted_mean, normal or focus (mean)")
+    parser.add_argument(
+        "--method", default="mean", metavar="M", help="mean (default), weighted_mean, exponential, normal, focus"
+    )
     parser.add_argument("--auxiliary", metavar="F", help="of focus: vectors of the new tokenizer's pieces")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of normal")
     parser.add_argument("--base_tokenizer", metavar="M", help="where the base's folder has no tokenizer.model")

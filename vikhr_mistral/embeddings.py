@@ -12,15 +12,19 @@ METHODS, for made rows:
 
 - mean: of the rows of the old pieces (CW2V, 2407.05841, finds simple means sound).
 - weighted_mean: the same, each piece weighted by the bytes of text that it stands for.
+- exponential: the i-th old piece weighted by exp(2i) in the embedding and by exp(−2i) in the output layer (AdaptiVocab,
+  2503.19693, section 3.3). As an input a new piece stands where its last old piece stood, with what that one
+  says about the next; as an output it stands where its first one did.
 - normal: drawn from N(µ, 1e-9·Σ), µ and Σ the mean and covariance of all old rows, as transformers'
   `resize_token_embeddings(mean_resizing=True)` does (Hewitt, "Initializing New Word Embeddings for Pretrained Language
   Models", 2021); µ alone where Σ is not positive definite. For comparison: it knows nothing of the piece.
 - focus: of rows of old pieces that are used alike, by vectors from a file (focus.py).
 
-An untied output layer takes the same plan on its own rows. Letters: O old rows, V new rows, D width.
+An untied output layer takes the same plan on its own rows (`for_output`). Letters: O old rows, V new rows, D width.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -28,7 +32,13 @@ import numpy as np
 from vikhr_mistral import merging, pieces
 from vikhr_t5.errors import UserError, nearest
 
-METHODS = MEAN, WEIGHTED_MEAN, NORMAL, FOCUS = "mean", "weighted_mean", "normal", "focus"
+METHODS = MEAN, WEIGHTED_MEAN, EXPONENTIAL, NORMAL, FOCUS = (
+    "mean",
+    "weighted_mean",
+    "exponential",
+    "normal",
+    "focus",
+)
 KINDS = KEPT, MADE, FALLBACK, PADDING = "kept", "made", "fallback", "padding"
 _EPSILON = 1e-9  # transformers'
 _AT_ONCE = 2048  # rows
@@ -64,7 +74,7 @@ class Plan:
 def plan(old: Any, new: Any, method: str = MEAN) -> Plan:
     """The plan for two SentencePiece `ModelProto`s; V is the size of `new`, padded to a multiple of 64.
 
-    The weights are those of the mean, or of the weighted mean if that is the method.
+    The weights are those of the mean, or of the weighted or exponential mean if that is the method.
     """
     ids = {(piece.type, piece.piece): id for id, piece in enumerate(old.pieces)}
     encode, unknown = pieces.encoder(old, dummy_prefix=False), old.trainer_spec.unk_id
@@ -81,14 +91,29 @@ def plan(old: Any, new: Any, method: str = MEAN) -> Plan:
     bytes_of = [
         1 if piece.type == pieces.BYTE else len(pieces.text_of(piece.piece).encode("utf-8")) for piece in old.pieces
     ]
-    flat = [id for sources in found for id in sources]
+    weights: list[list[float]]
+    if method == WEIGHTED_MEAN:
+        weights = [[bytes_of[id] for id in sources] for sources in found]
+    elif method == EXPONENTIAL:
+        weights = [[math.exp(2 * (place - len(sources))) for place in range(1, len(sources) + 1)] for sources in found]
+    else:
+        weights = [[1] * len(sources) for sources in found]
     return Plan(
         kinds=np.array([*kinds, *[PADDING] * padding]),
-        sources=np.array(flat, np.int64),
-        weights=np.array([bytes_of[id] if method == WEIGHTED_MEAN else 1 for id in flat], np.float32),
+        sources=np.array([id for sources in found for id in sources], np.int64),
+        weights=np.array([weight for row in weights for weight in row], np.float32),
         starts=np.cumsum([0, *map(len, found), *[0] * padding]),
         old_size=len(old.pieces),
     )
+
+
+def for_output(plan: Plan, method: str) -> Plan:
+    """The plan for an output layer of its own: of "exponential" with the weights of each row in reverse order."""
+    if method != EXPONENTIAL:
+        return plan
+    counts = np.diff(plan.starts)
+    places = np.repeat(plan.starts[:-1] + plan.starts[1:] - 1, counts) - np.arange(len(plan.weights))
+    return dataclasses.replace(plan, weights=plan.weights[places])
 
 
 def check_method(method: str) -> None:

@@ -70,6 +70,11 @@ def init(
     old, new = pieces.open_model(base_tokenizer or base), pieces.open_model(tokenizer_dir)
     tensors = _matching(open_weights(base), config, base, len(old.pieces))
     _check_special(old, new, tokenizer_dir)
+    if method == embeddings.EXPONENTIAL and HEAD not in tensors:
+        raise UserError(
+            f"{base} has one matrix for input and output (tie_word_embeddings), and exponential makes other rows for"
+            " the one than for the other: use --method mean"
+        )
     plan = embeddings.plan(old, new, method)
     if auxiliary:
         plan = focus.focused(plan, new, auxiliary)
@@ -81,7 +86,8 @@ def init(
     norms: dict[str, dict[str, float]] = {}
 
     def new_rows(name: str, old: np.ndarray) -> np.ndarray:
-        made = embeddings.new_rows(plan, old, method, seed)
+        own = embeddings.for_output(plan, method) if name == HEAD else plan
+        made = embeddings.new_rows(own, old, method, seed)
         norms[MATRICES[name]] = embeddings.norms(plan, old, made)
         return made
 

@@ -76,13 +76,13 @@ def old_ids_of(piece: str, encode: Callable[[str], list[int]]) -> list[int]:
     return ids[2:]
 
 
-@pytest.mark.parametrize("method", ["mean", "weighted_mean"])
+@pytest.mark.parametrize("method", ["mean", "weighted_mean", "exponential"])
 def test_new_rows_are_the_stated_mean(
     base: Path, tokenizer_dir: Path, merged: merging.Merged, mistral: Any, tmp_path: Path, method: str
 ) -> None:
     init(base, tokenizer_dir, tmp_path / "out", method=method)
     processor, several = pieces.processor(mistral), 0
-    for old, new in zip(matrices(base), matrices(tmp_path / "out"), strict=True):
+    for sign, old, new in zip((1, -1), matrices(base), matrices(tmp_path / "out"), strict=True):
         assert new.shape == (33024, WIDTH)
         assert torch.equal(new[:32000].view(torch.uint8), old.view(torch.uint8))
         for id, piece in enumerate(merged.added, start=32000):
@@ -92,6 +92,8 @@ def test_new_rows_are_the_stated_mean(
             if method == "weighted_mean":
                 weights = np.array([_bytes(processor.IdToPiece(i)) for i in ids])
                 assert weights.sum() == len(piece.replace("▁", " ").encode())
+            elif method == "exponential":  # the last piece counts most in the embedding, the first in the head
+                weights = np.exp(sign * 2 * np.arange(len(ids)))
             expected = np.average(old[ids].double().numpy(), axis=0, weights=weights)
             np.testing.assert_allclose(new[id].double().numpy(), expected, atol=1e-6, rtol=0, err_msg=piece)
         np.testing.assert_allclose(new[33000:], old.mean(0).expand(24, WIDTH), atol=1e-6)
@@ -163,6 +165,9 @@ def test_a_tied_head_stays_tied(mistral: Any, tokenizer_dir: Path, tmp_path: Pat
     assert tensors[EMBEDDING].shape[0] == 33024
     assert HEAD not in tensors
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight.shape[0] == 33024
+    with pytest.raises(UserError, match=r"base has one matrix for input and output .*: use --method mean"):
+        init(old_dir, tokenizer_dir, tmp_path / "two", method="exponential")
+    assert not (tmp_path / "two").exists()
 
 
 def test_replacement_moves_kept_rows_with_their_pieces(base: Path, mistral: Any, tmp_path: Path) -> None:
