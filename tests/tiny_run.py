@@ -57,15 +57,17 @@ class TinyDataset:
         self.lengths = (self.config.task_feature_lengths["inputs"], self.config.task_feature_lengths["targets"])
         self.seen: list[int] = []
 
-    def batches(self, start_step=0, shard_index=0, shard_count=1, num_steps=None) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start_step=0, rows=slice(None), num_steps=None) -> Iterator[dict[str, np.ndarray]]:
         for step in range(start_step, start_step + num_steps):
             time.sleep(self.slow)
             self.seen.append(step)
-            yield make_batch(self.batch_size, self.lengths, (self.config.seed or 0, step))
+            batch = make_batch(self.batch_size, self.lengths, (self.config.seed or 0, step))
+            yield {name: values[rows] for name, values in batch.items()}
 
-    def eval_batches(self, num_steps=None) -> Iterator[dict[str, np.ndarray]]:
+    def eval_batches(self, num_steps=None, rows=slice(None)) -> Iterator[dict[str, np.ndarray]]:
         for step in range(num_steps or 2):
-            yield make_batch(self.batch_size, self.lengths, (10**6, step))
+            batch = make_batch(self.batch_size, self.lengths, (10**6, step))
+            yield {name: values[rows] for name, values in batch.items()}
 
 
 def make_batch(rows: int, lengths: tuple[int, int], seed: Any, segments: int = 3) -> dict[str, np.ndarray]:
@@ -121,6 +123,7 @@ def run(
     model: EncoderDecoderModel | None = None,
     trainer: Trainer | None = None,
     mesh: tuple[int, int, int] = (-1, 1, 1),
+    optimizer_memory: str = "device",
     batch_size: int = 8,
     dataset: Any = None,
     evaluate: bool = True,
@@ -137,7 +140,7 @@ def run(
                 SaveCheckpointConfig(period=period, keep=keep, best_metric=best_metric, best_mode=best_mode),
                 RestoreCheckpointConfig(initial, reset_optimizer) if initial else None,
             ),
-            partitioner=Partitioner(*mesh),
+            partitioner=Partitioner(*mesh, optimizer_memory=optimizer_memory),
             trainer=trainer or Trainer(optimizers.create_learning_rate_scheduler("constant", 0.05)),
             model_dir=str(model_dir),
             total_steps=total_steps,

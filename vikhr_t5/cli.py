@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vikhr_t5 import __version__, cli_data, cli_vocab
+from vikhr_t5 import __version__, cli_data, cli_vocab, hosts
 from vikhr_t5.command_line import Parser, add_command, exit_status, refuse_unknown
 from vikhr_t5.errors import UserError
 from vikhr_t5.packages import require_own
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train a model from gin files",
         "vikhr-t5 train --gin_file=recipes/demo.gin --gin.MODEL_DIR=runs/demo --gin.VOCABULARY_FILE=runs/spiece.model",
     )
+    hosts.add_flags(train)
     train.add_argument("--dry_run", action="store_true", help="resolve all, print model, data, mesh, memory, and stop")
     _gin_command(
         commands,
@@ -161,6 +162,16 @@ def _readable(restore: Any, folder: str, model: Any) -> Any:
 
 
 def _train(flags: argparse.Namespace) -> None:
+    if flags.dry_run or not hosts.wanted(flags):
+        _train_here(flags)
+        return
+    hosts.supervised("vikhr-t5")
+    with hosts.connected(flags, "vikhr-t5"):
+        _train_here(flags)
+
+
+def _train_here(flags: argparse.Namespace) -> None:
+    """In this process, which may be one of several."""
     from vikhr_t5.train import loop
 
     arguments = _launch(flags, loop.train)
@@ -170,8 +181,13 @@ def _train(flags: argparse.Namespace) -> None:
         dry_run.show(arguments)
         return
     checkpoint_cfg = arguments["checkpoint_cfg"]
-    restore = _readable(checkpoint_cfg.restore, arguments["model_dir"], arguments["model"])
-    arguments["checkpoint_cfg"] = dataclasses.replace(checkpoint_cfg, restore=restore)
+    if restore := checkpoint_cfg.restore:
+
+        def readable() -> str | None:
+            return readable_checkpoint(restore, arguments["model_dir"], arguments["model"]).path
+
+        restore = dataclasses.replace(restore, path=hosts.once(readable, "reading the initial checkpoint"))
+        arguments["checkpoint_cfg"] = dataclasses.replace(checkpoint_cfg, restore=restore)
     loop.train(**arguments)
 
 

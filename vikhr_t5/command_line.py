@@ -60,12 +60,18 @@ def exit_status(program: str, action: Callable[[], int | None], debug: bool) -> 
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        bad_input = isinstance(error, UserError)
-        message = str(error).split("\n")[0]  # gin appends its own account of the call to further lines
-        name = "" if bad_input else f"{type(error).__name__}: "
-        print(
-            f"{program}: {name}{message}" + ("" if bad_input else " (run with --debug to see where)"), file=sys.stderr
-        )
-        return 2 if bad_input else 1
+        line, status = error_line(error, debug)
+        print(f"{program}: {line}", file=sys.stderr)
+        return status
+
+
+def error_line(error: BaseException, debug: bool) -> tuple[str, int]:
+    """(an error in one line, its exit status); with `debug` the traceback is printed."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    message = str(error).split("\n")[0]  # gin appends its own account of the call to further lines
+    if isinstance(error, UserError):
+        return message, 2
+    return f"{type(error).__name__}: {message} (run with --debug to see where)", 1

@@ -34,15 +34,18 @@ class Progress:
         total: in `unit`s; None where it is not known.
         unit: the thing counted; shown with the rate.
         done: units already done by an earlier run (a resume); they do not count for the rate.
+        shown: False counts in silence (all processes of a run but one).
     """
 
-    def __init__(self, description: str, total: float | None, unit: str = "steps", done: float = 0):
+    def __init__(
+        self, description: str, total: float | None, unit: str = "steps", done: float = 0, shown: bool = True
+    ):
         self.description, self.total, self.unit, self.done = description, total, unit, done
         self._first, self._start = done, time.monotonic()
-        self._last_line, self._note = self._start, ""
+        self._last_line, self._note, self._shown = self._start, "", shown
         console = Console(file=sys.stderr)
         self._bar: RichProgress | None = None
-        if console.is_terminal:
+        if shown and console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             self._bar = RichProgress(*columns, TextColumn("{task.fields[note]}"), console=console)
             self._task = self._bar.add_task(description, total=total, completed=int(done), note="")
@@ -55,7 +58,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._shown:
             self._line()
 
     def advance(self, count: float = 1, note: str | None = None) -> None:
@@ -65,7 +68,7 @@ class Progress:
             self._note = note
         if self._bar:
             self._bar.update(self._task, completed=self.done, note=f"{self._rate()} {self._note}")
-        elif time.monotonic() - self._last_line >= PLAIN_PERIOD_SECONDS:
+        elif self._shown and time.monotonic() - self._last_line >= PLAIN_PERIOD_SECONDS:
             self._line()
 
     def _rate(self) -> str:

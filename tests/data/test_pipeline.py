@@ -57,14 +57,13 @@ def test_a_batch_is_a_function_of_its_step(
     assert not np.array_equal(take(other, num_steps=1)[0]["encoder_input_tokens"], whole[0]["encoder_input_tokens"])
 
 
-def test_hosts_take_slices_of_the_same_batches(dataset: Dataset) -> None:
+def test_hosts_take_their_rows_of_the_same_batches(dataset: Dataset) -> None:
     whole = take(dataset, 5, num_steps=3)
     for count in (2, 4, 8):
-        shards = [take(dataset, 5, shard_index=i, shard_count=count, num_steps=3) for i in range(count)]
-        joined = [{f: np.concatenate([shard[s][f] for shard in shards]) for f in whole[0]} for s in range(3)]
-        assert_equal(joined, whole)
-    with pytest.raises(UserError, match="batch size 8 cannot be divided among 3 hosts"):
-        dataset.batches(shard_count=3)
+        for parts in (np.split(np.arange(B), count), [np.arange(i, B, count) for i in range(count)]):
+            for rows in parts:
+                part = take(dataset, 5, rows=rows, num_steps=3)
+                assert_equal(part, [{f: v[rows] for f, v in batch.items()} for batch in whole])
 
 
 def test_worker_processes_make_the_same_batches(
@@ -72,7 +71,7 @@ def test_worker_processes_make_the_same_batches(
 ) -> None:
     with_workers = open_dataset(dataclasses.replace(config, num_workers=2), small_vocabulary)
     assert with_workers.fingerprint == dataset.fingerprint
-    half = take(with_workers, 3, shard_index=1, shard_count=2, num_steps=5)
+    half = take(with_workers, 3, rows=range(B // 2, B), num_steps=5)
     assert_equal(half, [{f: v[B // 2 :] for f, v in batch.items()} for batch in take(dataset, 3, num_steps=5)])
 
 
@@ -134,8 +133,8 @@ def test_sources_and_fill_are_those_of_the_batches(dataset: Dataset) -> None:
 def test_evaluation_is_one_pass_in_one_order(dataset: Dataset, shard_count: int) -> None:
     def evaluate(num_steps: int | None = None) -> list[Batch]:
         shards = []
-        for shard in range(shard_count):
-            with closing(dataset.eval_batches(num_steps, shard, shard_count)) as batches:
+        for rows in np.split(np.arange(B), shard_count):
+            with closing(dataset.eval_batches(num_steps, rows)) as batches:
                 shards.append(list(batches))
         return [{f: np.concatenate([b[f] for b in parts]) for f in parts[0]} for parts in zip(*shards, strict=True)]
 

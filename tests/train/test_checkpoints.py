@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from vikhr_t5.train.checkpoints import Checkpoints, SaveCheckpointConfig
 from vikhr_t5.train.state import TrainState
 
 MODEL = tiny_model()
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +248,44 @@ def test_a_write_error_leaves_the_previous_checkpoint(tmp_path, state, monkeypat
 def test_bad_configuration_is_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         SaveCheckpointConfig(**bad)
+
+
+RESTORED_ON_MESHES = """
+import json, sys
+from pathlib import Path
+import jax, numpy as np
+from tiny_run import tiny_model
+from vikhr_t5.model.network import T5Config
+from vikhr_t5.train import checkpoints
+from vikhr_t5.train.checkpoints import Checkpoints, SaveCheckpointConfig
+from vikhr_t5.train.partitioning import Partitioner
+
+model = tiny_model(T5Config(emb_dim=16, num_heads=8, head_dim=8, mlp_dim=32, num_encoder_layers=2,
+                            num_decoder_layers=1, mlp_activations=("gelu", "linear")))
+shapes = model.abstract_state()
+axes = model.state_axes()
+first = Partitioner(2, 2, 2).shardings(axes, shapes)
+state = jax.jit(model.init_state, out_shardings=first)(jax.random.key(0))
+saver = Checkpoints(sys.argv[1], SaveCheckpointConfig())
+saver.save(1, state, {**checkpoints.described(model, ""), "progress.json": json.dumps({"step": 1}).encode()})
+saver.wait()
+for mesh in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 1, 2), (2, 2, 2)):
+    shardings = Partitioner(*mesh).shardings(axes, shapes)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    restored, _ = checkpoints.restore(Path(sys.argv[1]) / "1", like)
+    same = jax.tree.map(np.array_equal, (state.params, state.opt_state), (restored.params, restored.opt_state))
+    placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), restored, shardings)
+    print(mesh, jax.tree.all(same), jax.tree.all(placed))
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_mesh_of_eight_devices_is_exact_on_every_other(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    command = [sys.executable, "-c", RESTORED_ON_MESHES, str(tmp_path / "saved")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5
+    assert all(line.endswith("True True") for line in lines), lines

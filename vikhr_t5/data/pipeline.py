@@ -5,7 +5,7 @@ B rows in a global batch, S inputs length, T targets length.
 Batch s holds the places s·B … s·B+B-1 of one endless sequence of rows. Which row stands at a place is arithmetic: the
 mixture says which task and how many of its rows came before, hence the epoch; a keyed permutation says which row of
 that epoch; the row's contents depend on (seed, epoch, row). So a resume costs nothing and is exact, and so is a run on
-another number of hosts: each takes a slice of the same batch. Grain runs it ahead of the training step.
+another number of hosts: each takes its rows of the same batch. Grain runs it ahead of the training step.
 """
 
 import atexit
@@ -120,39 +120,34 @@ class Dataset:
         return name, self.tasks[name].segments(epoch, row)
 
     def batches(
-        self, start_step: int = 0, shard_index: int = 0, shard_count: int = 1, num_steps: int | None = None
+        self, start_step: int = 0, rows: Sequence[int] | None = None, num_steps: int | None = None
     ) -> grain.DatasetIterator[Batch]:
         """Training batches from `start_step` on, without end or `num_steps` of them. Close the iterator after use.
 
         Args:
-            shard_index: this host's number; it gets that contiguous slice of every batch.
-            shard_count: number of hosts; must divide the batch size.
+            rows: of each batch, those that this host makes; None: all.
         """
         stop = sys.maxsize if num_steps is None else start_step + num_steps
-        return self._iterate(self.order, range(start_step, stop), shard_index, shard_count)
+        return self._iterate(self.order, range(start_step, stop), rows)
 
     def eval_batches(
-        self, num_steps: int | None = None, shard_index: int = 0, shard_count: int = 1
+        self, num_steps: int | None = None, rows: Sequence[int] | None = None
     ) -> grain.DatasetIterator[Batch]:
         """Every row once, tasks evenly interleaved, always in the same order; the last batch is filled with padding.
 
         Args:
             num_steps: stop after so many batches.
-            shard_index, shard_count: as in `batches`.
+            rows: as in `batches`.
         """
         steps = -(-sum(self.num_rows.values()) // self.batch_size)
         steps = steps if num_steps is None else min(steps, num_steps)
-        return self._iterate(OnePass(list(self.num_rows.values())), range(steps), shard_index, shard_count)
+        return self._iterate(OnePass(list(self.num_rows.values())), range(steps), rows)
 
     def _iterate(
-        self, order: "TrainingOrder | OnePass", steps: range, shard_index: int, shard_count: int
+        self, order: "TrainingOrder | OnePass", steps: range, rows: Sequence[int] | None
     ) -> grain.DatasetIterator[Batch]:
-        if self.batch_size % shard_count:
-            raise UserError(
-                f"batch size {self.batch_size} cannot be divided among {shard_count} hosts: make BATCH_SIZE a multiple"
-            )
-        size = self.batch_size // shard_count
-        make = _MakeBatch(order, list(self.tasks.values()), self.batch_size, shard_index * size, size, self.lengths)
+        rows = range(self.batch_size) if rows is None else rows
+        make = _MakeBatch(order, list(self.tasks.values()), self.batch_size, rows, self.lengths)
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=STEPS_AHEAD)
         batches = grain.MapDataset.range(steps.start, steps.stop).map(make).to_iter_dataset(ahead)
         if self.config.num_workers:
@@ -194,20 +189,18 @@ class OnePass:
 
 @dataclasses.dataclass(frozen=True)
 class _MakeBatch:
-    """Step number -> this host's slice of its batch: rows `first` to `first + size` of `batch_size`."""
+    """Step number -> this host's rows of its batch, which has `batch_size`."""
 
     order: TrainingOrder | OnePass
     tasks: Sequence[Rows]
     batch_size: int
-    first: int
-    size: int
+    rows: Sequence[int]
     lengths: tuple[int, int]
 
     def __call__(self, step: int) -> Batch:
-        batch = empty_batch(self.size, *self.lengths)
-        start = step * self.batch_size + self.first
-        for place in range(self.size):
-            address = self.order[start + place]
+        batch = empty_batch(len(self.rows), *self.lengths)
+        for place, of_batch in enumerate(self.rows):
+            address = self.order[step * self.batch_size + of_batch]
             if address is not None:
                 task, epoch, row = address
                 self.tasks[task].write(batch, place, epoch, row)

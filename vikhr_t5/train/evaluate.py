@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from vikhr_t5.data.pipeline import Dataset
 from vikhr_t5.model import decoding
@@ -58,7 +59,8 @@ class Evaluator:
     def metrics(self, params: Any) -> dict[str, float]:
         """Per target token: loss, accuracy, z_loss; and of each source: loss/<source>, accuracy/<source>."""
         sums = jax.device_put(zero_sums(len(self.dataset.source_names)), self.partitioner.replicated)
-        for batch in self.dataset.eval_batches(self.num_batches):
+        rows = self.partitioner.process_rows(self.dataset.batch_size)
+        for batch in self.dataset.eval_batches(self.num_batches, rows):
             sums = self._add(params, sums, self.partitioner.put_batch(batch, self.dataset.batch_size))
             jax.block_until_ready(sums)  # several fake CPU devices deadlock when the host runs far ahead
         return summarize(jax.device_get(sums), self.dataset.source_names)
@@ -89,7 +91,7 @@ class Evaluator:
                 "target": vocabulary.decode(example["targets"].tolist()),
                 "prediction": vocabulary.decode(np.asarray(prediction).tolist()),
             }
-            for (source, example), prediction in zip(chosen, jax.device_get(predictions), strict=False)
+            for (source, example), prediction in zip(chosen, process_allgather(predictions, tiled=True), strict=False)
         ]
 
     def _choose(self) -> list[tuple[str, dict[str, np.ndarray]]]:

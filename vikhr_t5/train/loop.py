@@ -4,25 +4,24 @@ import collections
 import contextlib
 import json
 import os
-import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 
+from vikhr_t5 import hosts
 from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
 from vikhr_t5.progress import Progress, human
 from vikhr_t5.train import checkpoints, metrics
-from vikhr_t5.train.checkpoint_files import find_checkpoint
-from vikhr_t5.train.checkpoints import CheckpointConfig, Checkpoints, RestoreCheckpointConfig
+from vikhr_t5.train.checkpoints import CheckpointConfig, Checkpoints
 from vikhr_t5.train.evaluate import Evaluator
 from vikhr_t5.train.interrupt import StopRequest
 from vikhr_t5.train.partitioning import Partitioner
-from vikhr_t5.train.state import EncoderDecoderModel, TrainState
+from vikhr_t5.train.starting import starting_state
+from vikhr_t5.train.state import EncoderDecoderModel
 from vikhr_t5.train.step import Trainer, zero_sums
 
 STEPS_AHEAD = 2  # the host runs this far ahead of the device, so the next batch is there before a step ends
@@ -72,10 +71,12 @@ def train(
     folder = Path(model_dir).expanduser().absolute()
     partitioner.check_batch_size(train_dataset_cfg.batch_size, trainer.num_microbatches or 1)
     shardings = partitioner.shardings(model.state_axes(), model.abstract_state())
-    dataset = open_dataset(train_dataset_cfg, model.vocabulary)
+    with hosts.first("opening the data, and caching what is not cached"):
+        dataset = open_dataset(train_dataset_cfg, model.vocabulary)
+        eval_dataset = train_eval_dataset_cfg and open_dataset(train_eval_dataset_cfg, model.vocabulary)
+    hosts.agreed(dataset.fingerprint, "the data (the token store, or the configuration)")
     evaluator = None
-    if train_eval_dataset_cfg is not None:
-        eval_dataset = open_dataset(train_eval_dataset_cfg, model.vocabulary)
+    if eval_dataset is not None:
         evaluator = Evaluator(model, partitioner, eval_dataset, eval_steps, num_samples, shardings.params)
 
     if checkpoint_cfg.save.best_metric and (evaluator is None or checkpoint_cfg.save.period % eval_period):
@@ -114,8 +115,8 @@ def train(
 
     replicated = partitioner.replicated
     zeros = jax.jit(lambda: zero_sums(num_sources), out_shardings=replicated)
-    dropout_key = jax.device_put(jax.random.split(jax.random.key(progress["seed"]))[1], replicated)
-    batches = dataset.batches(step - first, jax.process_index(), jax.process_count(), total_steps - step)
+    dropout_key = jax.jit(lambda: jax.random.split(jax.random.key(progress["seed"]))[1], out_shardings=replicated)()
+    batches = dataset.batches(step - first, partitioner.process_rows(rows), total_steps - step)
 
     def next_batch() -> dict[str, jax.Array]:
         return partitioner.put_batch(next(batches), rows)
@@ -137,7 +138,7 @@ def train(
         contextlib.closing(batches),
         contextlib.closing(log),
         StopRequest() as stop,
-        Progress("training", total_steps, "steps", done=step) as bar,
+        Progress("training", total_steps, "steps", done=step, shown=jax.process_index() == 0) as bar,
     ):
         while True:
             with jax.transfer_guard("disallow"):  # only what is written out moves between host and device
@@ -153,7 +154,7 @@ def train(
                 log.write("start", began, {**about, **metrics.environment(partitioner.mesh.shape)})
             bar.advance()
 
-            last = step == total_steps or stop.name is not None
+            last = stop.due(step) or step == total_steps
             evaluate = evaluator is not None and (step % eval_period == 0 or step == total_steps)
             save = last or step % checkpoint_cfg.save.period == 0
             if not (evaluate or save or step % stats_period == 0):
@@ -186,47 +187,6 @@ def train(
     if step < total_steps:
         _say(f"{stop.name}: saved step {step} of {total_steps}; run the same command to go on")
     return step
-
-
-def starting_state(
-    model: EncoderDecoderModel,
-    shardings: TrainState,
-    own: Path | None,
-    initial: RestoreCheckpointConfig | None,
-    random_seed: int | None,
-) -> tuple[TrainState, dict[str, Any], str]:
-    """(state on the mesh, progress: {"step", "first_step", "seed", "tokens", ...}, where it is from, in words).
-
-    Args:
-      own: the newest whole checkpoint of this run.
-    """
-    like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), model.abstract_state(), shardings
-    )
-    # Where the state comes from; the first that exists:
-    # 1. this run's own newest whole checkpoint: everything continues, to the bit;
-    # 2. checkpoint_cfg.restore.path (INITIAL_CHECKPOINT_PATH): parameters, step and optimizer; the data begins;
-    # 3. fresh parameters from the seed.
-    if own is not None:
-        checkpoints.check_vocabulary(own, model.vocabulary)
-        state, progress = checkpoints.restore(own, like)
-        return state, progress, f"resumed from {own}"
-    seed = secrets.randbits(31) if random_seed is None else random_seed
-    if initial is not None and initial.path is not None:
-        path = find_checkpoint(initial.path)
-        checkpoints.check_vocabulary(path, model.vocabulary)
-        state, saved = checkpoints.restore(path, like, initial.reset_optimizer)
-        if state.opt_state is None:
-            opt_state = jax.jit(model.optimizer.init, out_shardings=shardings.opt_state)(state.params)
-            state = state._replace(opt_state=opt_state)
-        step, origin = saved["step"], f"started from {path}"
-    else:
-        key = jax.random.split(jax.random.key(seed))[0]  # the other half is dropout's
-        # Half the optimization halves the compilation, which takes longer than the work; the values are the same.
-        quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-        state = jax.jit(model.init_state, out_shardings=shardings, compiler_options=quick)(key)
-        step, origin = 0, f"fresh parameters, seed {seed}"
-    return state, {"step": step, "first_step": step, "seed": seed, "tokens": 0}, origin
 
 
 def use_compilation_cache() -> None:

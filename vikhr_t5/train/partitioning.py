@@ -107,15 +107,21 @@ class Partitioner:
                 f" {data} x {fsdp} x {num_microbatches} = {unit}: use a multiple of {unit}"
             )
 
+    def process_rows(self, batch_size: int) -> list[int]:
+        """The rows of a batch that this process's devices hold; where tensor spans hosts, several hold the same."""
+        held = self.batch.addressable_devices_indices_map((batch_size,)).values()
+        return sorted({row for index in held if index for row in range(batch_size)[index[0]]})
+
     def put_batch(self, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
         """Host arrays -> the global batch of `batch_size` rows on the devices.
 
-        A host gives either its own slice of the rows or all of them (then its devices take theirs).
+        A process gives either its own rows (`process_rows`) or all of them (then its devices take theirs).
         """
-        return {
-            name: jax.make_array_from_process_local_data(self.batch, rows, (batch_size, *rows.shape[1:]))
-            for name, rows in batch.items()
-        }
+        with jax.transfer_guard_host_to_device("allow"):  # of several processes JAX takes this for an accident
+            return {
+                name: jax.make_array_from_process_local_data(self.batch, rows, (batch_size, *rows.shape[1:]))
+                for name, rows in batch.items()
+            }
 
     def _mesh_axes(self, logical: str | None, parameter: str) -> tuple[str, ...]:
         rules = dict(self.logical_axis_rules)
