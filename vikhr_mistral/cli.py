@@ -5,12 +5,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from vikhr_t5 import __version__
 from vikhr_t5.command_line import Parser, add_command, exit_status, refuse_unknown
 from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.packages import require
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "yaml")  # of the extra [mistral]
 
@@ -260,8 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int | None:
         flags = parse(arguments)
-        if missing := [name for name in NEEDED if not find_spec(name)]:
-            raise UserError(f"{', '.join(missing)} not installed: pip install 'vikhr-t5[mistral]'")
+        require("mistral", *NEEDED)
         return flags.run(flags)
 
     return exit_status("vikhr-mistral", command, debug="--debug" in arguments)

@@ -1,4 +1,5 @@
-"""`tasks` and `conversion` are names that other distributions use too: refuse theirs before importing it."""
+"""What must be installed before it is imported: the packages of an extra; and of `tasks` and `conversion`, names that
+other distributions use too, ours."""
 
 import importlib.util
 from pathlib import Path
@@ -7,6 +8,12 @@ from vikhr_t5.errors import UserError
 
 OWN = ("tasks", "conversion")
 MARKER = "__vikhr_t5__"  # stands in the `__init__.py` of ours
+
+
+def require(extra: str, *names: str) -> None:
+    """UserError with the command that installs the extra, where one of the packages `names` is not there."""
+    if missing := [name for name in names if not importlib.util.find_spec(name)]:
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'vikhr-t5[{extra}]'")
 
 
 def require_own(module: str | None) -> None:

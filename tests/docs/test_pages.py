@@ -35,7 +35,11 @@ class World:
         places = [str(place) for place in (commands, Path(sys.executable).parent) if place]
         hidden = {"VIKHR_T5_VOCABULARY", "VIKHR_T5_DATA_DIR", "PYTHONPATH"}
         self.variables = {name: value for name, value in os.environ.items() if name not in hidden}
-        self.variables |= {"PATH": os.pathsep.join([*places, os.environ["PATH"]]), "HF_HUB_OFFLINE": "1"}
+        self.variables |= {
+            "PATH": os.pathsep.join([*places, os.environ["PATH"]]),
+            "HF_HUB_OFFLINE": "1",
+            "VIKHR_T5_DATA_DIR": "data",
+        }
 
     def run(self, *command: str | Path, where: str = "") -> None:
         done = subprocess.run(command, cwd=self.folder, env=self.variables, capture_output=True, text=True)
@@ -66,7 +70,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, commands: Path) -> Path:
     """What a reader has who went the road once: spiece.model, runs/{ul2,instruct} in our format, hf and t5x."""
     world = World(tmp_path_factory.mktemp("trained"), commands)
     world.run(
-        "vikhr-t5", "vocab", "train", "--input", f"{DATA}/ru.txt,{DATA}/en.txt", "--output=spiece.model", "--size=1500"
+        "vikhr-t5",
+        "vocab",
+        "train",
+        "--input",
+        f"{DATA}/ru.txt,{DATA}/en.txt",
+        "--output=spiece.model",
+        "--size",
+        "1500",
     )
     vocabulary = ["--gin.VOCABULARY_FILE=./spiece.model", "--gin.CACHE_DIR=./cache"]
     world.run("vikhr-t5", "train", "--gin_file=recipes/demo.gin", "--gin.MODEL_DIR=runs/ul2", *vocabulary)
