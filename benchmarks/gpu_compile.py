@@ -59,6 +59,7 @@ def compile_step(options: argparse.Namespace, dump: str) -> Any:
     except Exception as error:
         print(f"XLA's CUDA compiler is not installed here ({error}): pip install 'jax[cuda13]'", file=sys.stderr)
         sys.exit(2)
+    jax.default_backend = lambda: "gpu"  # by which ops.py chooses between a CPU's and an accelerator's form
     here = jax.sharding.SingleDeviceSharding(topology.devices[0])
     options.side, options.variant = "vikhr-t5", options.remat_policy
     ours = Ours(options)

@@ -289,14 +289,15 @@ def main() -> None:
     for side in options.sides:
         variants = [v for v in VARIANTS[side] if not options.variants or v in options.variants]
         result["sides"][side] = [rates(options, measure(options, side, v), peak) for v in variants]
-    best = [max((r.get("sequences_per_second", 0) for r in found), default=0) for found in result["sides"].values()]
-    if len(best) == 2 and all(best):
-        result["ratio"] = best[0] / best[1]
+    rate = lambda found: max((r.get("sequences_per_second", 0) for r in found), default=0)  # noqa: E731
+    best = {side: rate(found) for side, found in result["sides"].items()}
+    if len(best) == 2 and all(best.values()):
+        result["ratio"] = best["vikhr-t5"] / best["transformers"]
     if options.json:
         print(json.dumps(result, indent=2))
     else:
         report(result)
-    if not all(best):
+    if not all(best.values()):
         sys.exit(1)
 
 

@@ -142,8 +142,9 @@ def test_the_choice(monkeypatch):
         chosen(attention="flash")
 
 
-def test_the_train_step_of_xl_lowers_to_the_kernel_for_cuda():
+def test_the_train_step_of_xl_lowers_to_the_kernel_for_cuda(monkeypatch):
     """T5 1.1 XL, bfloat16, 64 x 512/128: three attentions forward; dq, dk and dv of each; two tables."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     config = network.T5Config(
         32128,
         "bfloat16",
@@ -170,6 +171,9 @@ def test_the_train_step_of_xl_lowers_to_the_kernel_for_cuda():
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"@__gpu\$xla.gpu.triton.*?name = \"_(\w+)_kernel\"", text)
     assert sorted(calls) == ["dkv"] * 3 + ["dq"] * 3 + ["dtable"] * 2 + ["forward"] * 3
+    products = re.findall(r"dot_general .*-> tensor<64x(?:512|128)x\d+x(\w+)>", text)
+    assert len(products) > 20, "what a dense layer returns, and the gradients of its input"
+    assert set(products) == {"bf16"}
     assert not re.search(r"tensor<64x(32x)?(512x512|128x128|128x512)x(bf16|f32|32)", text), "an array of [B, H, T, S]"
 
 

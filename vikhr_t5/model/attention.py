@@ -90,7 +90,7 @@ class FusedAttention:
         attend = partial(attention_kernel.fused_attention, causal=self._causal)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.size > 1:
-            batch, heads = nn.logical_to_mesh_axes(("batch", "joined_kv"))
+            batch, heads = nn.logical_to_mesh_axes(("batch", "joined_kv")) or (None, None)
             axes = (heads,) if isinstance(heads, str) else heads or ()
             if query.shape[2] % math.prod(mesh.shape[axis] for axis in axes):
                 heads = None

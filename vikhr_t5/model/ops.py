@@ -35,20 +35,27 @@ def dense(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
 
 
 def _dense_forward(x: Array, kernel: Array, dtype: DTypeLike | None) -> tuple[Array, tuple[Array, Array]]:
-    product = _contract(x, kernel.astype(x.dtype), [x.ndim - 1], [0])
-    return product.astype(dtype or x.dtype), (x, kernel)
+    dtype = dtype or x.dtype
+    return _contract(x, kernel.astype(x.dtype), [x.ndim - 1], [0], dtype).astype(dtype), (x, kernel)
 
 
 def _dense_backward(dtype: DTypeLike | None, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = kept
     g = g.astype(x.dtype)
-    dx = _contract(g, kernel.astype(x.dtype), [g.ndim - 1], [1])
+    dx = _contract(g, kernel.astype(x.dtype), [g.ndim - 1], [1], x.dtype)
     rows, g_rows = (y.reshape(-1, y.shape[-1]) for y in (x, g))
     return dx.astype(x.dtype), _contract(rows, g_rows, [0], [0]).astype(kernel.dtype)
 
 
-def _contract(a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int]) -> Array:
-    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
+def _contract(
+    a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int], dtype: DTypeLike = jnp.float32
+) -> Array:
+    """The product in `dtype`, but on a CPU in float32, since XLA has fast products for no other there.
+
+    Accelerators add up in float32 whatever they return; what a policy keeps of a product is then of its own type.
+    """
+    returned = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=returned)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
