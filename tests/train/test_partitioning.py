@@ -1,18 +1,23 @@
 """Meshes and rules; and that a step on four devices is the step on one."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
-from tiny_run import tiny_model
+from tiny_run import CONFIG, make_batch, tiny_model
 
 from vikhr_t5.errors import UserError
+from vikhr_t5.train.optimizers import AdamW
 from vikhr_t5.train.partitioning import STANDARD_RULES, Partitioner
+from vikhr_t5.train.step import Trainer, zero_sums
 
 TESTS = Path(__file__).parents[1]
 
@@ -50,8 +55,36 @@ def test_batch_size():
         Partitioner().check_batch_size(10, num_microbatches=4)
 
 
+def test_an_unknown_memory_is_refused():
+    with pytest.raises(UserError, match=r"Partitioner\.optimizer_memory 'host' \(nearest: pinned_host"):
+        Partitioner(optimizer_memory="host")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_an_accelerator_fetches_the_optimizer_and_offloads_layer_inputs(platform):
+    """Lowered here: the optimizer's arrays come from the host's memory, and what layers receive goes there."""
+    model = tiny_model(dataclasses.replace(CONFIG, remat_policy="layer_inputs_on_host"), AdamW())
+    partitioner = Partitioner(optimizer_memory="pinned_host")
+    shardings, replicated = partitioner.state_shardings(model), partitioner.replicated
+    step = partitioner.jit(
+        Trainer(lambda _: jnp.float32(0.1)).step_function(model, 2),
+        in_shardings=(shardings, replicated, partitioner.batch, replicated),
+        out_shardings=(shardings, replicated, replicated),
+    )
+    arguments = (model.abstract_state(), zero_sums(2), make_batch(8, (24, 12), 0), jax.random.key(0))
+    program = step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    arrays = sum(leaf.ndim > 0 for leaf in jax.tree.leaves(model.abstract_state().opt_state))
+    moved = re.findall(r'@annotate_device_placement\(.*?_xla_buffer_placement = "(\w+)"', program)
+    print({where: moved.count(where) for where in set(moved)}, arrays)
+    assert moved.count("pinned_host") >= arrays
+    assert moved.count("device") >= arrays
+
+
 def test_four_devices_equal_one():
-    """Data, fsdp and tensor meshes, in a process of its own: losses, parameters, evaluation, restored checkpoints."""
+    """Data, fsdp and tensor meshes, in a process of its own: losses, parameters, evaluation, restored checkpoints.
+
+    On the last mesh the optimizer's state rests in the host's memory.
+    """
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
@@ -68,6 +101,10 @@ def test_four_devices_equal_one():
     assert "mlp/wi_0/kernel [1, 16, 30]: its axis 'mlp' of 30 does not divide over the mesh's tensor = 4" in dimension
     assert "batch size 12 does not divide over data x fsdp x microbatches = 2 x 2 x 2 = 8" in batch_size
     assert {mesh: report["held"] for mesh, report in results.items()} == {"4x1x1": 1.0, "1x2x2": 0.25}
+    assert {mesh: report["rests"] for mesh, report in results.items()} == {
+        "4x1x1": ["device"],
+        "1x2x2": ["pinned_host"],
+    }
     for mesh, report in results.items():
         assert report["difference"] < 2e-5, mesh
         assert report["loss"] == pytest.approx(alone["loss"], rel=1e-5), mesh

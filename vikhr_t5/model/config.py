@@ -11,7 +11,8 @@ from vikhr_t5.errors import UserError, nearest
 ACTIVATIONS = ("linear", "relu", "gelu", "silu", "swish")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "plain", "fused")
-REMAT_POLICIES = ("none", "minimal", "full")
+REMAT_POLICIES = ("everything", "matmuls", "attention", "layer_inputs", "layer_inputs_on_host")
+T5X_REMAT_POLICIES = {"none": "everything", "minimal": "matmuls", "full": "layer_inputs"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,10 @@ class T5Config:
         dropout_rate: in [0, 1); applied only where dropout is enabled.
         logits_via_embedding: the output layer is the embedding (v1.0), its logits divided by sqrt(D).
         float32_attention_logits: keep attention logits in float32 when `dtype` is lower.
-        remat_policy: what the backward pass of a layer recomputes: "none", "minimal" (everything but matmuls),
-            "full" (the whole layer).
+        remat_policy: what of a layer is kept for its backward pass, which computes the rest again: "everything";
+            "matmuls" and what attention computed; "attention": that and the layer's input; "layer_inputs" alone;
+            "layer_inputs_on_host": these in the host's memory. t5x's "none", "minimal" and "full" are read as
+            "everything", "matmuls" and "layer_inputs".
         relative_bias_per_layer: each layer has its own relative-position bias (t5x's scalable_t5, umT5) instead of
             one per stack (T5).
         attention: "fused", one kernel that holds neither weights nor bias nor mask in memory (on a CPU an interpreter
@@ -56,7 +59,7 @@ class T5Config:
     dropout_rate: float = 0.1
     logits_via_embedding: bool = False
     float32_attention_logits: bool = False
-    remat_policy: str = "none"
+    remat_policy: str = "everything"
     relative_bias_per_layer: bool = False
     attention: str = "auto"
 
@@ -69,6 +72,7 @@ class T5Config:
         if dtype == "float16":
             raise UserError("T5Config.dtype 'float16' overflows in T5's feed-forward output: use 'bfloat16'")
         _check_name("dtype", dtype, DTYPES)
+        object.__setattr__(self, "remat_policy", T5X_REMAT_POLICIES.get(self.remat_policy, self.remat_policy))
         _check_name("remat_policy", self.remat_policy, REMAT_POLICIES)
         _check_name("attention", self.attention, ATTENTIONS)
         for activation in activations:

@@ -13,11 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from vikhr_t5.model import ops
 from vikhr_t5.model.attention import Attention, attention_between
 from vikhr_t5.model.config import T5Config
 from vikhr_t5.model.parameters import abstract_params, declare, init, initialise, logical_axes, mlp_inputs
+from vikhr_t5.model.remat import LAYER_INPUT, remat
+from vikhr_t5.model.sharding import constrain
 
 __all__ = ["T5Config", "Transformer", "abstract_params", "decode", "encode", "head", "init", "logical_axes"]
 
@@ -42,7 +45,8 @@ class Dropout:
 def project(params: Params, config: T5Config, x: Array, name: str) -> Array:
     """x [B, T, D] -> [B, T, H, K], by the kernel of "query", "key" or "value"."""
     projected = ops.dense(x, params[name]["kernel"])
-    return projected.reshape(*x.shape[:-1], config.num_heads, config.head_dim)
+    heads = projected.reshape(*x.shape[:-1], config.num_heads, config.head_dim)
+    return constrain(heads, "batch", None, "joined_kv", None)
 
 
 def _attention_block(
@@ -65,7 +69,7 @@ def _attention_block(
 
 def _mlp_block(params: Params, config: T5Config, x: Array, drop: Dropout) -> Array:
     """The feed-forward block, x [B, T, D] -> [B, T, D]."""
-    hidden = [ops.dense(x, params[name]["kernel"]) for name in mlp_inputs(config)]
+    hidden = [constrain(ops.dense(x, params[name]["kernel"]), "batch", None, "mlp") for name in mlp_inputs(config)]
     return ops.dense(drop(ops.gated_activation(hidden, config.mlp_activations)), params["wo"]["kernel"])
 
 
@@ -98,37 +102,32 @@ def _scan_layers(
     keys = None if key is None else jax.random.split(key, depth)
 
     def body(carry: Array, scanned: tuple[Params, Array | None]) -> tuple[Array, None]:
-        return _split_batch(layer(scanned[0], carry, Dropout(config.dropout_rate, scanned[1]))), None
+        carry = checkpoint_name(carry, LAYER_INPUT)
+        return _between_layers(layer(scanned[0], carry, Dropout(config.dropout_rate, scanned[1]))), None
 
-    if config.remat_policy != "none":
-        known = jax.checkpoint_policies
-        matmuls = known.save_from_both_policies(
-            known.dots_with_no_batch_dims_saveable, known.save_only_these_names(ops.ATTENTION)
-        )
-        body = jax.checkpoint(body, policy={"minimal": matmuls, "full": None}[config.remat_policy], prevent_cse=False)
-    return lax.scan(body, x, (params, keys))[0]
+    return lax.scan(remat(body, config.remat_policy), x, (params, keys))[0]
 
 
 def _stack_bias(params: Params, config: T5Config, attend: Attention) -> Callable[[Params], Array]:
     """layer parameters -> the relative-position bias of that layer: its own, or the stack's, computed once."""
     if config.relative_bias_per_layer:
-        return lambda layer: attend.bias(layer["relpos_bias"]["rel_embedding"])
-    bias = attend.bias(params["relpos_bias"]["rel_embedding"])
+        return lambda layer: attend.bias(layer["relpos_bias"]["rel_embedding"].astype(jnp.float32))
+    bias = attend.bias(params["relpos_bias"]["rel_embedding"].astype(jnp.float32))
     return lambda layer: bias
 
 
 def embed(params: Params, config: T5Config, tokens: Array, drop: Dropout) -> Array:
     """int [B, T] -> [B, T, D] in `config.dtype`. A token outside of the embedding gives NaN, not another row."""
-    return _split_batch(drop(jnp.take(params["token_embedder"]["embedding"], tokens, axis=0).astype(config.dtype)))
+    table = params["token_embedder"]["embedding"].astype(jnp.float32)  # so its gradient adds up in float32
+    return _between_layers(drop(jnp.take(table, tokens, axis=0).astype(config.dtype)))
 
 
-def _split_batch(x: Array) -> Array:
-    """Keeps x [B, ...] split over the mesh by rows alone: the logical axis is "batch".
+def _between_layers(x: Array) -> Array:
+    """The residual stream x [B, T, D], split by rows and by length: sequence parallelism.
 
-    Where parameters are split too (fsdp), XLA would else gather all rows onto each device rather than the parameters.
-    Does nothing outside of a mesh and `flax.linen.logical_axis_rules`.
+    Korthikanti et al. 2022 (arXiv:2205.05198). Inside a layer rows are split, and heads or features over tensor.
     """
-    return nn.with_logical_constraint(x, ("batch", *(None,) * (x.ndim - 1)))
+    return constrain(x, "batch", "length", None)
 
 
 def encode(

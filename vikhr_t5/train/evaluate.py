@@ -49,7 +49,7 @@ class Evaluator:
             return {**sums, **{name: sums[name] + value for name, value in batch_sums.items()}}
 
         replicated = partitioner.replicated
-        self._add = jax.jit(
+        self._add = partitioner.jit(
             add,
             in_shardings=(param_shardings, replicated, partitioner.batch),
             out_shardings=replicated,

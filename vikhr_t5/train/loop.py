@@ -70,7 +70,7 @@ def train(
     use_compilation_cache()
     folder = Path(model_dir).expanduser().absolute()
     partitioner.check_batch_size(train_dataset_cfg.batch_size, trainer.num_microbatches or 1)
-    shardings = partitioner.shardings(model.state_axes(), model.abstract_state())
+    shardings = partitioner.state_shardings(model)
     with hosts.first("opening the data, and caching what is not cached"):
         dataset = open_dataset(train_dataset_cfg, model.vocabulary)
         eval_dataset = train_eval_dataset_cfg and open_dataset(train_eval_dataset_cfg, model.vocabulary)
@@ -122,7 +122,7 @@ def train(
         return partitioner.put_batch(next(batches), rows)
 
     batch, sums = next_batch(), zeros()
-    jitted = jax.jit(
+    jitted = partitioner.jit(
         trainer.step_function(model, num_sources),
         in_shardings=(shardings, replicated, partitioner.batch, replicated),
         out_shardings=(shardings, replicated, replicated),

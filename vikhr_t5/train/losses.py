@@ -60,6 +60,7 @@ def token_losses(
         return chunk_losses(hidden, targets)
 
     chunks = -(-length // chunk_size)
+    chunk_size = -(-length // chunks)  # alike, so that little is padded
     padding = chunks * chunk_size - length
 
     def split(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, C, ...]

@@ -1,20 +1,20 @@
-"""Adafactor as in t5x, AdamW plain and with nanoT5's RMS scaling. States mirror the parameter tree.
+"""Adafactor as in t5x, and what gin files name as `optimizers.…`. States mirror the parameter tree.
 
-Both are written for one tensor and mapped over the parameters. A parameter below a `layers` node is a stack of
+An optimizer is written for one tensor and mapped over the parameters. A parameter below a `layers` node is a stack of
 per-layer tensors (axis 0), and everything that is "per tensor" in an update rule - clipping by the update's RMS,
 scaling by the parameter's RMS, factoring - is vmapped over that axis, so stacking layers changes no update.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vikhr_t5.train.adamw import AdamW
 from vikhr_t5.train.schedules import cosine, create_learning_rate_scheduler, warmup_stable_decay
+from vikhr_t5.train.tensors import Axes, Tree, is_stacked, map_tensors, rms
 
 __all__ = [
     "Adafactor",
@@ -25,9 +25,6 @@ __all__ = [
     "create_learning_rate_scheduler",
     "warmup_stable_decay",
 ]
-
-Tree = Any  # a nested dict of arrays
-Axes = Any  # the same nested dict, with a tuple of logical axis names (or None) for each array
 
 
 class OptimizerDef(Protocol):
@@ -85,7 +82,7 @@ class Adafactor:
     factor_layer_kernels: bool = False
 
     def init(self, params: Tree) -> AdafactorState:
-        return AdafactorState(jnp.full((), self.step_offset, jnp.int32), _map_tensors(self._init_tensor, params))
+        return AdafactorState(jnp.full((), self.step_offset, jnp.int32), map_tensors(self._init_tensor, params))
 
     def update(
         self, grads: Tree, state: AdafactorState, params: Tree, learning_rate: jax.Array
@@ -100,13 +97,13 @@ class Adafactor:
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
             return self._update_tensor(path, p, g, moments, beta, learning_rate)
 
-        pairs = _map_tensors(tensor, params, grads, state.moments)
+        pairs = map_tensors(tensor, params, grads, state.moments)
         updates, moments = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
         return updates, AdafactorState(count, moments)
 
     def state_axes(self, params: Tree, axes: Axes) -> AdafactorState:
         def tensor(path: tuple, p: Any, names: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
-            stacked = _is_stacked(path)
+            stacked = is_stacked(path)
             momentum = {} if self.beta1 is None else {"m": names}
             dims = self._factored_dims(p.shape[stacked:], path)
             if dims is None:
@@ -120,7 +117,7 @@ class Adafactor:
     def _factored_dims(self, shape: tuple[int, ...], path: tuple) -> tuple[int, int] | None:
         """(row, column): the second largest and the largest dimension; None where v is kept whole."""
         order = sorted(range(len(shape)), key=lambda dim: shape[dim])
-        any_size = self.factor_layer_kernels and _is_stacked(path) and path[-1].key == "kernel"
+        any_size = self.factor_layer_kernels and is_stacked(path) and path[-1].key == "kernel"
         if not self.factored or len(shape) < 2 or (shape[order[-2]] < self.min_dim_size_to_factor and not any_size):
             return None
         return order[-2], order[-1]
@@ -159,8 +156,8 @@ class Adafactor:
             update = g * jnp.expand_dims(row_factor, column) * jnp.expand_dims(jax.lax.rsqrt(v_col), row)
             moments = {"v_row": v_row, "v_col": v_col}
         if self.clipping_threshold is not None:
-            update = update / jnp.maximum(1.0, _rms(update) / self.clipping_threshold)
-        scale = jnp.maximum(_rms(p), self.epsilon2) if self.multiply_by_parameter_scale else 1.0
+            update = update / jnp.maximum(1.0, rms(update) / self.clipping_threshold)
+        scale = jnp.maximum(rms(p), self.epsilon2) if self.multiply_by_parameter_scale else 1.0
         if self.multiply_by_parameter_scale and self.max_parameter_scale is not None:
             scale = jnp.minimum(scale, self.max_parameter_scale)
         step = learning_rate * scale * update
@@ -168,7 +165,7 @@ class Adafactor:
             step = self.beta1 * previous + (1 - self.beta1) * step
             moments["m"] = step
         if (decay := self._decay(learning_rate)) is not None:
-            step = step + decay * p
+            step = step + decay * p.astype(jnp.float32)
         return -step, moments
 
     def _decay(self, learning_rate: jax.Array) -> jax.Array | float | None:
@@ -177,65 +174,7 @@ class Adafactor:
         return (self.weight_decay_rate or 1.0) * learning_rate**self.weight_decay_rate_lr_exponent
 
 
-@dataclasses.dataclass(frozen=True)
-class AdamW:
-    """AdamW (Loshchilov & Hutter, 1711.05101) as `optax.adamw`; norm scales and relative biases do not decay.
-
-    rms_scaled: nanoT5's variant (github.com/PiotrNawrot/nanoT5): Adam's step is multiplied by max(1e-3, RMS(p)),
-      as Adafactor does, so a T5 takes Adafactor's learning rates (about 2e-2). The decay is not multiplied.
-    """
-
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    rms_scaled: bool = False
-
-    MIN_RMS = 1e-3  # nanoT5's floor; not a field
-
-    def init(self, params: Tree) -> optax.ScaleByAdamState:
-        return self._adam.init(params)
-
-    def update(
-        self, grads: Tree, state: optax.ScaleByAdamState, params: Tree, learning_rate: jax.Array
-    ) -> tuple[Tree, optax.ScaleByAdamState]:
-        directions, state = self._adam.update(grads, state)
-        if self.rms_scaled:
-            directions = _map_tensors(lambda _, p, u: u * jnp.maximum(_rms(p), self.MIN_RMS), params, directions)
-
-        def tensor(path: tuple, p: jax.Array, u: jax.Array) -> jax.Array:
-            decay = self.weight_decay if path[-1].key in ("kernel", "embedding") else 0.0
-            return -learning_rate * (u + decay * p)
-
-        return jax.tree_util.tree_map_with_path(tensor, params, directions), state
-
-    def state_axes(self, params: Tree, axes: Axes) -> optax.ScaleByAdamState:
-        return optax.ScaleByAdamState(count=(), mu=axes, nu=axes)
-
-    @property
-    def _adam(self) -> optax.GradientTransformation:
-        return optax.scale_by_adam(self.b1, self.b2, self.eps)
-
-
 def clip_by_global_norm(grads: Tree, norm: jax.Array, max_norm: float) -> Tree:
     """`grads` scaled so that their global norm, which the caller has as `norm`, is at most `max_norm`."""
     scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
     return jax.tree.map(lambda g: g * scale, grads)
-
-
-def _rms(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
-
-
-def _is_stacked(path: tuple) -> bool:
-    return any(key.key == "layers" for key in path)
-
-
-def _map_tensors(function: Callable, params: Tree, *trees: Tree) -> Tree:
-    """function(path, tensor, *what `trees` have there) for each tensor of `params`: of a stack, for each layer."""
-
-    def apply(path: tuple, p: jax.Array, *rest: Any) -> Any:
-        one = functools.partial(function, path)
-        return (jax.vmap(one) if _is_stacked(path) else one)(p, *rest)
-
-    return jax.tree_util.tree_map_with_path(apply, params, *trees)

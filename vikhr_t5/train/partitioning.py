@@ -2,26 +2,31 @@
 
 The batch is split over data and fsdp together. fsdp also splits every parameter along its model dimension (and gathers
 it where it is used); tensor splits heads, feed-forward and vocabulary. XLA's partitioner (GSPMD, 2105.04663) derives
-the communication from these shardings alone, so the step is written as for one device.
+the communication from these shardings alone, so the step is written as for one device. Between its layers activations
+are split by rows and, over tensor, by length; see `network`.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.train.state import EncoderDecoderModel, TrainState
 
 Rules = Sequence[tuple[str, str | Sequence[str] | None]]
 
 MESH_AXES = ("data", "fsdp", "tensor")
 STANDARD_RULES: Rules = (
     ("batch", ("data", "fsdp")),
+    ("length", "tensor"),  # of what goes from layer to layer
     ("embed", "fsdp"),
     ("joined_kv", "tensor"),
     ("mlp", "tensor"),
@@ -39,16 +44,25 @@ class Partitioner:
     Args:
       num_data, num_fsdp, num_tensor: sizes of the mesh axes; num_data -1 takes the devices that the others leave.
       logical_axis_rules: (logical axis, mesh axis, several of them, or None for "not split"); every logical axis
-        of the model must be named.
+        of the model's parameters must be named.
+      optimizer_memory: where the optimizer's state rests between updates: "device", or "pinned_host", the host's
+        memory, from where each step fetches it.
 
     Raises (at first use):
-      UserError: the mesh does not fit the devices, or a rule names an unknown mesh axis.
+      UserError: the mesh does not fit the devices, a rule names an unknown mesh axis, or the devices have no access
+        to host memory.
     """
 
     num_data: int = -1
     num_fsdp: int = 1
     num_tensor: int = 1
     logical_axis_rules: Rules = STANDARD_RULES
+    optimizer_memory: str = "device"
+
+    def __post_init__(self) -> None:
+        if self.optimizer_memory not in ("device", "pinned_host"):
+            known = nearest(self.optimizer_memory, ["device", "pinned_host"])
+            raise UserError(f"Partitioner.optimizer_memory {self.optimizer_memory!r} ({known})")
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -60,7 +74,8 @@ class Partitioner:
                 f"a mesh of data x fsdp x tensor = {self.num_data} x {self.num_fsdp} x {self.num_tensor} does not use"
                 f" the {devices} device(s) here exactly: set Partitioner.num_fsdp and num_tensor to divide {devices}"
             )
-        return jax.make_mesh((data, self.num_fsdp, self.num_tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        shape, auto = (data, self.num_fsdp, self.num_tensor), (AxisType.Auto,) * 3
+        return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=jax.devices())
 
     @property
     def replicated(self) -> NamedSharding:
@@ -96,6 +111,34 @@ class Partitioner:
             return NamedSharding(self.mesh, PartitionSpec(*(over or None for over in spec)))
 
         return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
+
+    def state_shardings(self, model: EncoderDecoderModel) -> TrainState:
+        """Where every array of `model.abstract_state()` rests between two steps. Raises as `shardings`."""
+        shapes = model.abstract_state()
+        shardings: TrainState = self.shardings(model.state_axes(), shapes)
+        if self.optimizer_memory == "device":
+            return shardings
+        if self.optimizer_memory not in {memory.kind for memory in jax.local_devices()[0].addressable_memories()}:
+            raise UserError(
+                f"Partitioner.optimizer_memory 'pinned_host': {jax.default_backend()} devices cannot reach the host's"
+                " memory here: use 'device'"
+            )
+
+        def rests(shape: Any, sharding: NamedSharding) -> NamedSharding:  # counters are not worth a transfer
+            return sharding.with_memory_kind(self.optimizer_memory) if shape.ndim else sharding
+
+        return shardings._replace(opt_state=jax.tree.map(rests, shapes.opt_state, shardings.opt_state))
+
+    def jit(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        """`jax.jit` of a function of the model; activations inside of it follow the mesh and the rules."""
+
+        @functools.wraps(function)
+        def on_mesh(*values: Any) -> Any:
+            rules = nn.logical_axis_rules(self.logical_axis_rules)
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh), rules:
+                return function(*values)
+
+        return jax.jit(on_mesh, **arguments)
 
     def check_batch_size(self, batch_size: int, num_microbatches: int = 1) -> None:
         """UserError, with the numbers, where a batch does not divide over the mesh and its microbatches."""
@@ -134,3 +177,13 @@ class Partitioner:
             if axis not in MESH_AXES:
                 raise UserError(f"the rule for {logical!r} names the mesh axis {axis!r} ({nearest(axis, MESH_AXES)})")
         return axes
+
+
+def on_device(tree: Any) -> Any:
+    """Inside of a compiled function: the arrays of `tree` that rest in the host's memory, fetched from there."""
+
+    def fetched(x: jax.Array) -> jax.Array:
+        on_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if on_host else x
+
+    return jax.tree.map(fetched, tree)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from vikhr_t5.data.vocabulary import AnyVocabulary
-from vikhr_t5.errors import UserError
+from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.model import network
+from vikhr_t5.model.config import DTYPES
 from vikhr_t5.train.losses import token_losses
 from vikhr_t5.train.optimizers import OptimizerDef
 
@@ -30,7 +31,7 @@ class TrainState(NamedTuple):
 
 
 class EncoderDecoderModel:
-    """A T5 and how it is trained. The argument names are t5x's; `loss_chunk_size` is ours.
+    """A T5 and how it is trained. The argument names are t5x's; `loss_chunk_size` and `param_dtype` are ours.
 
     Args:
       module: the network; a `vocab_size` of None in its configuration becomes the vocabulary's padded size.
@@ -40,9 +41,11 @@ class EncoderDecoderModel:
       label_smoothing: mass spread over the other classes.
       loss_normalizing_factor: None (a sum), a number, or one of t5x's names; see `losses.loss_normalizer`.
       loss_chunk_size: target positions of a row whose logits are held at one time; None: all of them.
+      param_dtype: of the parameters and their gradients: "float32", or "bfloat16", rounded at random after each update
+        (see `rounding`).
 
     Raises:
-      UserError: two different vocabularies, or fewer embedding rows than the vocabulary has ids.
+      UserError: two different vocabularies, fewer embedding rows than the vocabulary has ids, or another param_dtype.
     """
 
     def __init__(
@@ -54,8 +57,11 @@ class EncoderDecoderModel:
         z_loss: float = 1e-4,
         label_smoothing: float = 0.0,
         loss_normalizing_factor: float | str | None = None,
-        loss_chunk_size: int | None = 128,
+        loss_chunk_size: int | None = 32,
+        param_dtype: str = "float32",
     ):
+        if param_dtype not in DTYPES:
+            raise UserError(f"EncoderDecoderModel.param_dtype {param_dtype!r} ({nearest(param_dtype, DTYPES)})")
         if input_vocabulary.fingerprint() != output_vocabulary.fingerprint():
             raise UserError(f"two vocabularies for one embedding: {input_vocabulary!r} and {output_vocabulary!r}")
         rows = module.config.vocab_size or output_vocabulary.padded_size
@@ -72,10 +78,11 @@ class EncoderDecoderModel:
         self.label_smoothing = label_smoothing
         self.loss_normalizing_factor = loss_normalizing_factor
         self.loss_chunk_size = loss_chunk_size
+        self.param_dtype = param_dtype
 
     def init_state(self, key: Array) -> TrainState:
         """Fresh parameters and zero optimizer state at step 0; traceable, so it can be born sharded."""
-        params = network.init(self.config, key)
+        params = jax.tree.map(lambda p: p.astype(self.param_dtype), network.init(self.config, key))
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
     def abstract_state(self) -> TrainState:

@@ -16,10 +16,13 @@ from jax import Array
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.train.losses import loss_normalizer
 from vikhr_t5.train.optimizers import clip_by_global_norm
+from vikhr_t5.train.partitioning import on_device
+from vikhr_t5.train.rounding import apply_updates
 from vikhr_t5.train.schedules import Schedule
 from vikhr_t5.train.state import Batch, EncoderDecoderModel, Sums, TrainState
 
 NEVER = 2**31 - 1
+ROUNDING = 2**31 - 1  # what the step's key is folded with for the draws of `rounding`; dropout's are split from it
 StepFunction = Callable[[TrainState, Sums, Batch, Array], tuple[TrainState, Sums, Array]]
 
 
@@ -54,6 +57,7 @@ class Trainer:
         """
 
         def step(state: TrainState, sums: Sums, batch: Batch, key: Array) -> tuple[TrainState, Sums, Array]:
+            state = state._replace(opt_state=on_device(state.opt_state))
             weights, denominator = loss_normalizer(model.loss_normalizing_factor, batch)
             key = jax.random.fold_in(key, state.step)
             grads, batch_sums = self._gradients(model, state.params, batch, weights, num_sources, key)
@@ -64,7 +68,7 @@ class Trainer:
 
             rate = self.learning_rate_fn(state.step)
             updates, opt_state = model.optimizer.update(grads, state.opt_state, state.params, rate)
-            params = optax.apply_updates(state.params, updates)
+            params = apply_updates(state.params, updates, jax.random.fold_in(key, ROUNDING))
 
             # A bad batch leaves everything as it was but the step; whether the run goes on is the loop's decision.
             good = jnp.isfinite(norm) & jnp.isfinite(batch_sums["loss"])
@@ -103,9 +107,10 @@ class Trainer:
             return jax.tree.map(jnp.add, total, gradients(*scanned)), None
 
         scanned = (jax.tree.map(split, dict(batch)), split(weights), jax.random.split(key, parts))
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], scanned))
-        )
+        shapes = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], scanned))
+        # The gradients of bfloat16 parameters add up in float32; what is counted stays int32.
+        wide = {jnp.dtype(jnp.bfloat16): jnp.float32}
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide.get(x.dtype, x.dtype)), shapes)
         return jax.lax.scan(add, zeros, scanned)[0]
 
 
