@@ -73,7 +73,9 @@ def train(
     shardings = partitioner.state_shardings(model)
     with hosts.first("opening the data, and caching what is not cached"):
         dataset = open_dataset(train_dataset_cfg, model.vocabulary)
-        eval_dataset = train_eval_dataset_cfg and open_dataset(train_eval_dataset_cfg, model.vocabulary)
+        eval_dataset = None
+        if train_eval_dataset_cfg is not None:
+            eval_dataset = open_dataset(train_eval_dataset_cfg, model.vocabulary)
     hosts.agreed(dataset.fingerprint, "the data (the token store, or the configuration)")
     evaluator = None
     if eval_dataset is not None:
