@@ -17,6 +17,7 @@ COMMANDS = [
     ["train"],
     ["eval"],
     ["infer"],
+    ["plan"],
     ["cache"],
     ["preview"],
     ["decontaminate"],

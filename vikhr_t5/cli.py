@@ -1,7 +1,7 @@
 """`vikhr-t5`: every command. Each parses its flags, calls one function of the package, and imports it only then.
 
 Here: what trains and runs a model, converts it and reports; `cli_data` has the commands of data, `cli_vocab` those of
-vocabularies.
+vocabularies, `cli_plan` has `plan`.
 """
 
 import argparse
@@ -9,14 +9,13 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from vikhr_t5 import __version__, cli_data, cli_vocab, hosts
+from vikhr_t5 import __version__, cli_data, cli_plan, cli_vocab, hosts
+from vikhr_t5.cli_gin import gin_command, launched, readable_checkpoint, run_on_checkpoint
 from vikhr_t5.command_line import Parser, add_command, exit_status, refuse_unknown
-from vikhr_t5.errors import UserError
 from vikhr_t5.packages import require_own
 
 
@@ -30,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vikhr-t5 {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
 
-    train = _gin_command(
+    train = gin_command(
         commands,
         "train",
         _train,
@@ -39,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     hosts.add_flags(train)
     train.add_argument("--dry_run", action="store_true", help="resolve all, print model, data, mesh, memory, and stop")
-    _gin_command(
+    gin_command(
         commands,
         "eval",
         _eval,
@@ -48,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gin.EVAL_OUTPUT_DIR=runs/demo/eval --gin.MIXTURE_OR_TASK_NAME=\"'demo_instructions'\" "
         "--gin.MIXTURE_OR_TASK_MODULE=\"'tasks.demo'\"",
     )
-    infer = _gin_command(
+    infer = gin_command(
         commands,
         "infer",
         _infer,
@@ -58,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gin.MIXTURE_OR_TASK_MODULE=\"'tasks.demo'\" --gin.TASK_FEATURE_LENGTHS=\"{'inputs':256,'targets':160}\"",
     )
     infer.add_argument("--shard_id", type=int, metavar="N", help="the same as --gin.infer.shard_id")
+    cli_plan.add_commands(commands)
 
     cli_data.add_commands(commands)
     convert = add_command(
@@ -99,68 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _gin_command(
-    commands: argparse._SubParsersAction,
-    name: str,
-    run: Callable[[argparse.Namespace], int | None],
-    summary: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    """A command that gin files configure. The flags are t5x's."""
-    parser = add_command(
-        commands,
-        name,
-        run,
-        summary,
-        example,
-        "--gin.NAME=VALUE, repeated, sets a macro (TRAIN_STEPS) or a binding (step.Trainer.num_microbatches),\n"
-        "over the files. Values are Python's, as in t5x: --gin.MIXTURE_OR_TASK_NAME=\"'demo_ul2'\".\n"
-        "Only a path may stand without the inner quotes: --gin.MODEL_DIR=runs/demo, --gin.MODEL_DIR=/data/run.",
-    )
-    parser.add_argument("--gin_file", action="append", required=True, metavar="F", help="a gin file; repeat for more")
-    parser.add_argument("--gin_search_paths", action="append", default=[], metavar="A,B", help="folders of gin files")
-    parser.add_argument("--tfds_data_dir", metavar="D", help="where TensorFlow Datasets are, for caching tasks")
-    for ours_anyway in ("--alsologtostderr", "--logtostderr"):  # what absl's users write
-        parser.add_argument(ours_anyway, nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--seqio_additional_cache_dirs", help=argparse.SUPPRESS)
-    return parser
-
-
-def _launch(flags: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments of `function`, as the gin files and flags have them."""
-    from vikhr_t5 import launch
-
-    if flags.seqio_additional_cache_dirs:
-        raise UserError(
-            "--seqio_additional_cache_dirs: seqio's caches are not read, tasks are cached as token stores once; say"
-            " where with --gin.CACHE_DIR (with t5x's run files --gin.DatasetConfig.cache_dir)"
-        )
-    if flags.tfds_data_dir:
-        os.environ["TFDS_DATA_DIR"] = os.path.expanduser(flags.tfds_data_dir)
-    launch.load(flags.gin_file, flags.bindings, [p for group in flags.gin_search_paths for p in group.split(",") if p])
-    arguments = launch.arguments(function, supplied=["config_text"])
-    if idle := launch.idle():
-        print(f"bound, and used by nothing here: {', '.join(idle)}", file=sys.stderr)
-    return {**arguments, "config_text": launch.config_text()}
-
-
-def _readable(restore: Any, folder: str, model: Any) -> Any:
-    """A `RestoreCheckpointConfig` of our own format: a checkpoint of t5x or Hugging Face is converted into `folder`.
-
-    A run that has a whole checkpoint goes on from that, even if the one that it began with is no longer there.
-    """
-    from vikhr_t5.train.checkpoint_files import defect, steps
-
-    if not restore or not restore.path or any(defect(own) is None for own in steps(Path(folder) / "checkpoints")):
-        return restore
-    require_own("conversion")
-    from conversion import convert
-    from vikhr_t5.remote import local_copy
-
-    source = local_copy(restore.path, "or give a local copy")
-    return dataclasses.replace(restore, path=convert.initial_checkpoint(source, folder, model.config, model.vocabulary))
-
-
 def _train(flags: argparse.Namespace) -> None:
     if flags.dry_run or not hosts.wanted(flags):
         _train_here(flags)
@@ -174,7 +112,7 @@ def _train_here(flags: argparse.Namespace) -> None:
     """In this process, which may be one of several."""
     from vikhr_t5.train import loop
 
-    arguments = _launch(flags, loop.train)
+    arguments = launched(flags, loop.train)
     if flags.dry_run:
         from vikhr_t5 import dry_run
 
@@ -194,7 +132,7 @@ def _train_here(flags: argparse.Namespace) -> None:
 def _eval(flags: argparse.Namespace) -> None:
     from vikhr_t5 import eval as eval_script
 
-    _run_on_checkpoint(flags, eval_script.evaluate)
+    run_on_checkpoint(flags, eval_script.evaluate)
 
 
 def _infer(flags: argparse.Namespace) -> None:
@@ -202,14 +140,7 @@ def _infer(flags: argparse.Namespace) -> None:
 
     if flags.shard_id is not None:
         flags.bindings.append(f"infer.shard_id={flags.shard_id}")
-    _run_on_checkpoint(flags, infer_script.infer)
-
-
-def _run_on_checkpoint(flags: argparse.Namespace, function: Callable[..., Any]) -> None:
-    arguments = _launch(flags, function)
-    restore = arguments["restore_checkpoint_cfg"]
-    arguments["restore_checkpoint_cfg"] = _readable(restore, arguments["output_dir"], arguments["model"])
-    function(**arguments)
+    run_on_checkpoint(flags, infer_script.infer)
 
 
 def _convert(flags: argparse.Namespace) -> int:
@@ -277,7 +208,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # t5x's other spelling: --gin_bindings="NAME = VALUE".
     joined = re.sub(r"(^|\0)--gin_bindings[=\0]\s*([\w./]+)\s*=\s*", r"\1--gin.\2=", "\0".join(argv))
     flags, rest = build_parser().parse_known_args(joined.split("\0") if argv else [])
-    takes_gin = flags.run in (_train, _eval, _infer)
+    takes_gin = hasattr(flags, "gin_file")
     flags.bindings = [a.removeprefix("--gin.") for a in rest if a.startswith("--gin.")] if takes_gin else []
     unknown = [a for a in rest if not (flags.bindings and a.startswith("--gin."))]
     refuse_unknown(flags, unknown)

@@ -65,11 +65,11 @@ def _model(model: EncoderDecoderModel) -> Rows:
             "vocabulary",
             f"{v.size:,} ids ({v.num_sentinels} sentinels) in {c.vocab_size:,} rows: {v.source}",
         ),
-        ("optimizer", _settings(model.optimizer)),
+        ("optimizer", optimizer_text(model.optimizer)),
     ]
 
 
-def _settings(optimizer: Any) -> str:
+def optimizer_text(optimizer: Any) -> str:
     """Its name, and what differs from its defaults."""
     changed = [f for f in dataclasses.fields(optimizer) if getattr(optimizer, f.name) != f.default]
     shown = ", ".join(f"{f.name} {getattr(optimizer, f.name)}" for f in changed if f.name != "transformation")

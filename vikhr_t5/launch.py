@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import gin.config
@@ -28,14 +29,22 @@ _PATH_VALUE = re.compile(r"^(?:(?:~|\.{1,2})?/|[A-Za-z_][\w.+-]*:?/)\S*$")
 
 
 _reading = GinFiles([])
+_filled_in: list[str] = []
 # Ours alone: gin's own would take files past it, and logs an error for each file that another reader opens.
 gin.config._FILE_READERS[:] = [(lambda name: _reading.read(name), os.path.isfile)]
 
 
-def load(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> None:
+def load(
+    files: Sequence[str],
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    dispensable: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Parse gin files in order, then the command line's `NAME=VALUE` bindings, and check that nothing is missing.
 
     Replaces whatever was loaded before. gin's configuration is locked afterwards.
+
+    dispensable: macros whose gin value is this one where the files require one and nothing gives it.
 
     Raises:
         UserError: a file is missing or malformed, a name is unknown, a value is not a gin value, or a required
@@ -54,9 +63,21 @@ def load(files: Sequence[str], bindings: Sequence[str] = (), search_paths: Seque
     macros = _macros()
     for binding in bindings:
         _bind(binding, macros)
+    _filled_in[:] = [
+        name
+        for name in dispensable
+        if repr(gin.config._CONFIG.get((name, "gin.macro"), {}).get("value")) == "%gin.REQUIRED"
+    ]
+    for name in _filled_in:
+        _bind(f"{name}={dispensable[name]}", macros)
     _give_task_modules()
     _check_complete()
     gin.config.finalize()
+
+
+def filled_in() -> list[str]:
+    """The dispensable macros that the last `load` gave their values."""
+    return list(_filled_in)
 
 
 def _forget_registered() -> None:
@@ -220,7 +241,7 @@ def _bind(binding: str, macros: set[str]) -> None:
     if _PATH_VALUE.match(value):
         value = repr(os.path.expanduser(value))
     try:
-        gin.config.parse_config(f"{name} = {value}")
+        gin.config.parse_config([*_import_lines(name, value), f"{name} = {value}"])
         _reading.flags[parameter_key(name)] = flag
     except (SyntaxError, tokenize.TokenError):
         python = {"true": "True", "false": "False", "none": "None"}.get(value.lower())
@@ -228,6 +249,22 @@ def _bind(binding: str, macros: set[str]) -> None:
         raise UserError(f"{flag}: the value is not a gin (Python) value; write {instead}") from None
     except Exception as error:
         _explain(error, flag)
+
+
+def _import_lines(name: str, value: str) -> list[str]:
+    """Import lines for a binding whose value refers to what no file has named yet (@optimizers.AdamW() beside
+    Adafactor): gin looks for it in a module only where that is imported."""
+    registered = {f"{c.selector.split('.')[-2]}.{c.name}": c.selector.rpartition(".")[0] for c in _registered()}
+    modules = {short.split(".")[0]: module for short, module in registered.items()}
+    references = re.findall(r"@(?:\w+/)*(\w+\.\w+)", value)
+    if all(reference in registered or reference.split(".")[0] not in modules for reference in references):
+        return []
+    named = {word.split(".")[0] for word in [*references, name.rpartition("/")[2]]}
+    imports = [module.rpartition(".") for short, module in modules.items() if short in named]
+    return [
+        "from __gin__ import dynamic_registration",
+        *(f"from {package} import {last}" for package, _, last in imports),
+    ]
 
 
 def _check_complete() -> None:
