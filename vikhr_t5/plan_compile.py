@@ -66,7 +66,9 @@ def has_compiler(kind: DeviceKind, count: int) -> bool:
     """Whether XLA's compiler for these devices is installed here."""
     if kind.is_tpu:
         return importlib.util.find_spec("libtpu") is not None and count in TPU_SLICES.get(kind.name, {})
-    return kind.name in GPUS and any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13))
+    if kind.name not in GPUS or not importlib.util.find_spec("jax_plugins"):
+        return False
+    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13))
 
 
 def compile_step(arguments: Mapping[str, Any], compiler: str, kind: DeviceKind | None) -> Compiled:
@@ -80,7 +82,7 @@ def compile_step(arguments: Mapping[str, Any], compiler: str, kind: DeviceKind |
         return _compile(arguments, f"XLA:{jax.default_backend().upper()}, which runs here", exact=True)
     if compiler == "cpu":
         return _compile(arguments, f"XLA:CPU for {jax.device_count()} devices", exact=False)
-    with pretended(_topology(kind, jax.device_count())):
+    with pretended(topology(kind, jax.device_count())):
         return _compile(arguments, f"XLA:{'TPU' if kind.is_tpu else 'GPU'} for {kind.name}", exact=True)
 
 
@@ -167,7 +169,8 @@ GPUS: dict[str, tuple[int, int, int, int, int, float, float]] = {
 }
 
 
-def _topology(kind: DeviceKind, count: int) -> Sequence[Any]:
+def topology(kind: DeviceKind, count: int) -> Sequence[Any]:
+    """`count` devices of `kind` that are not here, to compile for."""
     if kind.is_tpu:
         return topologies.get_topology_desc(f"{kind.name}:{TPU_SLICES[kind.name][count]}", "tpu").devices
     return topologies.get_topology_desc("", "cuda", topology=f"1x1x{count}", target_config=_target(kind)).devices
