@@ -85,6 +85,25 @@ def test_dense_and_its_gradient(dtype):
     np.testing.assert_allclose(d_kernel, np.einsum("btd,btf->df", x64, g64), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(B, T), (1, T), (B, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_transposed_kernel_has_its_gradient(dtype, shape):
+    """An output layer tied to the embedding. XLA once compiled the transposed product and could not run it."""
+    x, table, g = normal(0, *shape, 8, dtype=dtype), normal(1, 5, 8), normal(2, *shape, 5, dtype=dtype)
+    gradient = jax.jit(lambda x, table, g: jax.vjp(lambda table: ops.dense(x, table.T), table)[1](g)[0])(x, table, g)
+    expected = np.einsum("btf,btd->fd", *(np.asarray(a, np.float64) for a in (g, x)))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gated_activation_is_rounded_once():
+    hidden = [normal(0, 3, 50, dtype=jnp.bfloat16), normal(1, 3, 50, dtype=jnp.bfloat16)]
+    gate, linear = (np.asarray(x, np.float64) for x in hidden)
+    exact = linear * gate * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    value = ops.gated_activation(hidden, ("gelu", "linear"))
+    assert value.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(value, np.float64), exact, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_are_those_of_transformers(bidirectional):
     offsets = np.arange(-700, 701)

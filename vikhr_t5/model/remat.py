@@ -10,10 +10,7 @@ from vikhr_t5.model import ops
 LAYER_INPUT = "layer_input"  # the name of the array that enters a layer
 
 _POLICIES: dict[str, Callable] = {
-    "matmuls": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ops.ATTENTION),
-    ),
+    "matmuls": jax.checkpoint_policies.save_only_these_names(ops.MATMUL, ops.ATTENTION),
     "attention": jax.checkpoint_policies.save_only_these_names(ops.ATTENTION),
     "layer_inputs": jax.checkpoint_policies.nothing_saveable,
     "layer_inputs_on_host": jax.checkpoint_policies.save_and_offload_only_these_names(
