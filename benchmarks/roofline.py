@@ -1,0 +1,204 @@
+"""What the machine allows: the floor of a training step of T5 v1.1 at the rates at which its own products run here.
+
+    python benchmarks/roofline.py                       t5_1_1_small, batch 8, 512/114
+    python benchmarks/roofline.py --size base --batch_size 4 --json
+
+Every product of a step (forward, the gradient of its input, the gradient of its kernel) is timed alone at its own
+shape, in float32 and bfloat16, in JAX and in torch; the best of the repeats counts. A library's floor is the sum over
+all products of FLOPs / rate: a step of nothing but matmuls, to which norms, softmax, masks, the optimizer and memory
+can only add. The machine's floor takes the faster library for each product.
+
+`--steps FILE` (what `step_time.py --json` printed on the same machine) adds how near either side's steps come, and how
+many times as fast as theirs a step at the machine's floor would be: no more than that can be won here.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DTYPES = ("float32", "bfloat16")
+LIBRARIES = ("jax", "torch")
+VOCABULARY = 32128
+
+
+class Product(NamedTuple):
+    """One kind of matmul [rows, inner] x [inner, columns] (batched: `batch` of them), and how often a step has it."""
+
+    part: str  # "encoder", "decoder" or "head"
+    name: str
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+    count: int  # in the forward pass; the backward pass has it twice, once for each side's gradient
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.rows * self.inner * self.columns
+
+
+def products(size: tuple[int, int, int, int, int], batch: int, inputs: int, targets: int) -> list[Product]:
+    """The products of a forward pass. size: emb_dim, num_heads, head_dim, mlp_dim, layers of either stack."""
+    d, heads, k, f, layers = size
+
+    def dense(part: str, name: str, length: int, inner: int, columns: int, count: int) -> Product:
+        return Product(part, name, 1, batch * length, inner, columns, count)
+
+    def attention(part: str, name: str, queries: int, keys: int) -> list[Product]:
+        return [
+            Product(part, f"{name}: logits", batch * heads, queries, k, keys, layers),
+            Product(part, f"{name}: weights x values", batch * heads, queries, keys, k, layers),
+        ]
+
+    def stack(part: str, length: int) -> list[Product]:
+        return [
+            dense(part, "query, key, value", length, d, heads * k, 3 * layers),
+            *attention(part, "self-attention", length, length),
+            dense(part, "out", length, heads * k, d, layers),
+            dense(part, "wi_0, wi_1", length, d, f, 2 * layers),
+            dense(part, "wo", length, f, d, layers),
+        ]
+
+    return [
+        *stack("encoder", inputs),
+        *stack("decoder", targets),
+        dense("decoder", "cross query", targets, d, heads * k, layers),
+        dense("decoder", "cross key, value", inputs, d, heads * k, 2 * layers),
+        *attention("decoder", "cross-attention", targets, inputs),
+        dense("decoder", "cross out", targets, heads * k, d, layers),
+        dense("head", "logits", targets, d, VOCABULARY, 1),
+    ]
+
+
+def calls(library: str, dtype: str, product: Product) -> list[Callable[[], Any]]:
+    """The three products: forward, gradient of the left side, gradient of the right side. Each blocks until done."""
+    _, _, batch, rows, inner, columns, _ = product
+    shapes = [(batch, rows, inner), (batch, inner, columns), (batch, rows, columns)]
+    if batch == 1:
+        shapes = [shape[1:] for shape in shapes]
+    if library == "torch":
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        x, w, g = (torch.randn(shape).to(getattr(torch, dtype)) for shape in shapes)
+        return [lambda: x @ w, lambda: g @ w.mT, lambda: x.mT @ g]
+
+    import jax
+    import jax.numpy as jnp
+
+    from vikhr_t5.model import ops
+
+    x, w, g = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in shapes)
+
+    def multiply(formula: str) -> Callable[[Any, Any], Any]:
+        return lambda a, b: jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+
+    functions: list[Callable[[Any, Any], Any]] = [multiply("...rk,...kc->...rc"), multiply("...rc,...kc->...rk")]
+    functions.append(multiply("...rk,...rc->...kc") if batch > 1 else ops.sum_over_rows)
+    # The rows of a batch stand apart, as in the step: XLA sees [B, T, D], and so does `sum_over_rows`.
+    apart = (lambda y: y) if batch > 1 else (lambda y: y.reshape(2, -1, y.shape[-1]))
+    pairs = [(x, w), (g, w), (apart(x), apart(g))]
+    compiled = [jax.jit(f).lower(*pair).compile() for f, pair in zip(functions, pairs, strict=True)]
+    return [lambda f=f, pair=pair: jax.block_until_ready(f(*pair)) for f, pair in zip(compiled, pairs, strict=True)]  # type: ignore[misc]
+
+
+def best(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of the fastest of `repeats` calls, after one that warms up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Of each product: its FLOPs in a step, and for each library and type the seconds of forward, d left, d right."""
+    from step_time import SIZES
+
+    kinds = products(SIZES[options.size], options.batch_size, options.inputs, options.targets)
+    rows = [{**product._asdict(), "flops": product.flops, "seconds": {}} for product in kinds]
+    for library in LIBRARIES:
+        for dtype in DTYPES:
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker", library, dtype]
+            environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            for row, seconds in zip(rows, json.loads(done.stdout), strict=True):
+                row["seconds"][f"{library} {dtype}"] = seconds
+            print(f"measured {library} {dtype}", file=sys.stderr)
+    return rows
+
+
+def floors(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Seconds of the products alone, by library and type (and "fastest", the faster library for each), by part."""
+
+    def total(pick: Callable[[dict[str, list[float]]], list[float]], part: str | None) -> float:
+        return sum(sum(pick(row["seconds"])) * row["count"] for row in rows if part in (None, row["part"]))
+
+    result = {}
+    for dtype in DTYPES:
+        picks: dict[str, Callable] = {
+            f"{library} {dtype}": (lambda seconds, name=f"{library} {dtype}": seconds[name]) for library in LIBRARIES
+        }
+        picks[f"fastest {dtype}"] = lambda seconds, dtype=dtype: [
+            min(pair) for pair in zip(*(seconds[f"{library} {dtype}"] for library in LIBRARIES), strict=True)
+        ]
+        for name, pick in picks.items():
+            result[name] = {part: total(pick, part) for part in ("encoder", "decoder", "head")}
+            result[name]["step"] = total(pick, None)
+    return result
+
+
+def main() -> None:
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("tiny", "small", "base"), default="small")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--inputs", type=int, default=512)
+    parser.add_argument("--targets", type=int, default=114)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=Path, help="what `step_time.py --json` printed: how near its steps come")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", nargs=2, metavar=("LIBRARY", "DTYPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        from step_time import SIZES
+
+        kinds = products(SIZES[options.size], options.batch_size, options.inputs, options.targets)
+        return print(json.dumps([[best(f, options.repeats) for f in calls(*options.worker, kind)] for kind in kinds]))
+
+    rows = measure(options)
+    floor = floors(rows)
+    flops = sum(3 * row["flops"] * row["count"] for row in rows)
+    runs = json.loads(options.steps.read_text())["runs"] if options.steps else []
+    if options.json:
+        return print(json.dumps({"products": rows, "floors": floor, "flops": flops}, indent=2))
+    print(f"\nt5 v1.1 {options.size}, batch {options.batch_size}, {options.inputs}/{options.targets}:", end=" ")
+    print(f"{flops / 1e9:.0f} GFLOP a step; GFLOP/s of each product: forward / d left / d right\n")
+    names = list(rows[0]["seconds"])
+    print(f"{'':38s}{'share':>6s}" + "".join(f"{name:>20s}" for name in names))
+    for row in rows:
+        rates = ("/".join(f"{row['flops'] / s / 1e9:.0f}" for s in row["seconds"][name]) for name in names)
+        share = 3 * row["flops"] * row["count"] / flops
+        print(f"{row['part'] + ', ' + row['name']:38s}{share:6.1%}" + "".join(f"{rate:>20s}" for rate in rates))
+    print(f"\n{'floor, s':20s}" + "".join(f"{part:>10s}" for part in floor["jax float32"]) + "   mean GFLOP/s")
+    for name, of in floor.items():
+        print(f"{name:20s}" + "".join(f"{s:10.2f}" for s in of.values()) + f"{flops / of['step'] / 1e9:15.0f}")
+    for run in runs:
+        print(f"\ndropout {run['dropout_rate']}")
+        for name, side in run["sides"].items():
+            library, dtype = "jax" if name.startswith("ours") else "torch", name.split()[1]
+            own, machine = (floor[f"{kind} {dtype}"]["step"] for kind in (library, "fastest"))
+            print(f"{name:20s}{side['wall']:6.2f} s, {own / side['wall']:.0%} of {library}'s floor;", end=" ")
+            print(f"the machine's floor is {side['wall'] / machine:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    main()
