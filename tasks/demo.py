@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from tasks import settings
 from tasks.preprocessors import Denoise
+from vikhr_t5 import text_metrics
 from vikhr_t5.data.hashing import text_hash
 from vikhr_t5.data.sources import Example, JsonLinesSource, TextSource, held_out
 
@@ -138,6 +139,7 @@ for make in INSTRUCTIONS:
             seqio.preprocessors.append_eos,
         ],
         output_features=settings.output_features(),
+        metric_fns=[text_metrics.bleu, text_metrics.chrf, text_metrics.exact_match],
     )
 
 seqio.MixtureRegistry.add("demo_instructions", [f"demo_{make.__name__}" for make in INSTRUCTIONS], default_rate=1.0)

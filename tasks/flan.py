@@ -32,6 +32,7 @@ import tensorflow as tf
 
 from tasks import settings
 from tasks.cleaning import Preprocessor, leave_out
+from vikhr_t5 import text_metrics
 from vikhr_t5.data.sources import Belongs, Example, held_out
 from vikhr_t5.errors import UserError, nearest
 
@@ -112,6 +113,7 @@ def add_task(
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=settings.output_features(),
+        metric_fns=[text_metrics.chrf, text_metrics.rouge, text_metrics.exact_match],  # texts, and labels
     )
 
 

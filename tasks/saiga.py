@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from tasks import settings
 from tasks.preprocessors import to_instructions
+from vikhr_t5 import text_metrics
 from vikhr_t5.data.chats import PUBLISHED, SCHEMAS, SYSTEM_PROMPT, Chat, Turn, is_held_out, messages
 from vikhr_t5.data.sources import Example
 
@@ -107,6 +108,7 @@ def add_task(
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=settings.output_features(),
+        metric_fns=[text_metrics.chrf, text_metrics.rouge],
     )
 
 

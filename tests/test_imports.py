@@ -14,7 +14,10 @@ JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 TORCH = ("torch", "transformers", "accelerate", "peft")
 SHARED = tuple(
     f"vikhr_t5.{name}"
-    for name in ("__version__", "devices", "errors", "files", "outputs", "packages", "page", "progress", "remote")
+    for name in (
+        *("__version__", "devices", "errors", "files", "outputs", "packages", "page", "progress", "remote"),
+        "text_metrics",
+    )
 )
 
 # Who may import what of ours, besides SHARED. A folder's rule holds for its files unless a file has its own.

@@ -13,7 +13,8 @@ import seqio
 from cached_tasks import digests, store_of
 
 from vikhr_t5.data.cache import cache
-from vikhr_t5.data.module_files import source_digests
+from vikhr_t5.data.manifest import TaskMetrics
+from vikhr_t5.data.module_files import preprocessing_digest, source_digests
 from vikhr_t5.data.seqio_tasks import import_tasks
 from vikhr_t5.data.store import CacheStale, ensure_cached, open_cached
 from vikhr_t5.errors import UserError
@@ -121,6 +122,55 @@ add(NAME + "_x", source=text, preprocessors=[to_targets, shortened, tokenize, pl
         assert f"{task}/train is cached again" in capfd.readouterr().err
         assert digests(task) != tokens
         assert open_cached("cache", task, "train")
+
+
+def test_metric_functions_are_noted_again_and_no_token_is_made_again(module, tmp_path):
+    text = """
+from vikhr_t5 import text_metrics
+def own(targets, predictions): return {"own": 0.0}
+parts = dict(source=pairs, preprocessors=[to_both, tokenize, placeholder, append_eos])
+add(NAME + "_m", **parts, metric_fns=[text_metrics.chrf, own, text_metrics.rouge])
+add(NAME + "_p", **parts, postprocess_fn=lambda answer, **_: answer, metric_fns=[text_metrics.chrf])
+seqio.MixtureRegistry.add(NAME + "_both", [NAME + "_m", NAME + "_p"], default_rate=1.0)
+"""
+    name = module(text)
+    both, measured, processed = (f"{name}_{end}" for end in ("both", "m", "p"))
+    cache(both, name, "cache")
+    found = {measured: TaskMetrics(("chrf", "rouge"), ("own",)), processed: TaskMetrics((), ("chrf",))}
+    assert open_cached("cache", both, "train").metrics == found
+    assert open_cached("cache", measured, "train").metrics == {measured: found[measured]}
+    written = os.stat(store_of(measured).directory / "manifest.json").st_mtime_ns
+    path = tmp_path / f"{name}.py"
+    path.write_text(path.read_text(encoding="utf-8").replace("chrf, own, text_metrics.rouge", "bleu"))
+    with pytest.raises(CacheStale, match=r"the cached definition of .*_m is stale: .*\.py has changed"):
+        open_cached("cache", measured, "train")
+    seqio.MixtureRegistry.remove(both)
+    again(name)
+    cache(both, name, "cache")
+    assert open_cached("cache", both, "train").metrics == {**found, measured: TaskMetrics(("bleu",))}
+    assert os.stat(store_of(measured).directory / "manifest.json").st_mtime_ns == written
+
+
+def test_what_of_a_module_changes_no_token(tmp_path):
+    """Metric functions of a task, named anew, taken away, or added as formatters lay a call out; nothing else."""
+    without = 'import seqio\n\nadd(\n    "имя",\n    source=a,\n)\nadd("b", source=b)\n'
+    with_metrics = (
+        "import seqio\nfrom vikhr_t5 import text_metrics\n\n"
+        'add(\n    "имя",\n    source=a,\n    metric_fns=[\n        text_metrics.bleu,\n    ],\n)\n'
+        'add("b", source=b, metric_fns=[text_metrics.chrf])\n'
+    )
+
+    def digest(text: str) -> str:
+        (tmp_path / "tasks.py").write_text(text, encoding="utf-8")
+        return preprocessing_digest(tmp_path / "tasks.py")
+
+    assert digest(with_metrics) == digest(without)
+    assert digest(with_metrics.replace("bleu", "rouge")) == digest(without)
+    for old, new in (("source=a", "source=b"), ("имя", "другое"), ("import seqio", "import seqio as s")):
+        assert digest(with_metrics.replace(old, new)) not in (digest(without), digest(with_metrics))
+    assert digest("import vikhr_t5.text_metrics\r\nx = 1") == digest("x = 1")
+    assert digest("from vikhr_t5 import text_metrics, packages\nx = 1") != digest("x = 1")
+    assert digest("no Python:") != digest("no Python")
 
 
 def test_another_vocabulary(module, capfd):

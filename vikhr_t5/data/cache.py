@@ -29,8 +29,15 @@ from vikhr_t5.data.cache_plan import Plan, plan
 from vikhr_t5.data.cache_shards import ShardJob, WithoutDuplicates
 from vikhr_t5.data.cache_workers import Job
 from vikhr_t5.data.manifest import Manifest, Provenance
-from vikhr_t5.data.module_files import source_digests
-from vikhr_t5.data.seqio_tasks import check_rate, check_task_vocabulary, find_provider, import_tasks, seqio
+from vikhr_t5.data.module_files import file_digest, source_digests
+from vikhr_t5.data.seqio_tasks import (
+    check_rate,
+    check_task_vocabulary,
+    find_provider,
+    import_tasks,
+    metrics_of,
+    seqio,
+)
 from vikhr_t5.data.store import MANIFEST, TokenStore, mixture_file, task_directory
 from vikhr_t5.data.vocabulary import open_vocabulary
 from vikhr_t5.errors import UserError
@@ -211,7 +218,7 @@ def summary(manifest: Manifest) -> str:
 
 
 def _write_mixtures(provider: seqio.Task | seqio.Mixture, module: str, cache_dir: Path) -> None:
-    """The definition of the name and, so that they can be opened alone, of each of its tasks."""
+    """The definition of the name and, so that they can be opened alone, of each of its tasks: rates and metrics."""
     tasks = seqio.get_subtasks(provider)
     for task in tasks:
         # Rates may be functions of a task's size. seqio asks the source, which does not know; the store does.
@@ -222,10 +229,17 @@ def _write_mixtures(provider: seqio.Task | seqio.Mixture, module: str, cache_dir
         logging.set_verbosity(logging.ERROR)  # seqio warns of sizes of tasks that it has not cached itself
         rates = {task.name: check_rate(provider.name, task.name, provider.get_rate(task)) for task in tasks}
         logging.set_verbosity(level)
-    provenance = dataclasses.asdict(Provenance(module, source_digests(module)))
+    # All of the modules' source counts here, metric functions, too: this file is new in no time, a token store is not.
+    provenance = dataclasses.asdict(Provenance(module, source_digests(module, file_digest)))
     for name, members in {**{task.name: {task.name: 1.0} for task in tasks}, provider.name: rates}.items():
-        splits = {task.name: list(task.splits) for task in tasks if task.name in members}
-        record = {"name": name, "rates": members, "splits": splits, "provenance": provenance}
+        mixed = [task for task in tasks if task.name in members]
+        record = {
+            "name": name,
+            "rates": members,
+            "splits": {task.name: list(task.splits) for task in mixed},
+            "metrics": {task.name: dataclasses.asdict(metrics_of(task)) for task in mixed},
+            "provenance": provenance,
+        }
         write_text_atomic(mixture_file(cache_dir, name), json.dumps(record, indent=1) + "\n")
 
 

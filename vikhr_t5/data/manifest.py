@@ -8,9 +8,11 @@ import glob
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from vikhr_t5.data.module_files import file_digest, module_file
+from vikhr_t5.data.module_files import module_file, preprocessing_digest
 
 FORMAT = 1
 NEEDS_SEQIO = "caching needs seqio and TensorFlow: pip install 'vikhr-t5[seqio]', or bring a cache from another machine"
@@ -48,7 +50,7 @@ class Shard:
 class Provenance:
     """What a store, or a mixture's definition, was made from.
 
-    module: the Python module that registers the task; several, joined by commas. modules: sha256 of the source of
+    module: the Python module that registers the task; several, joined by commas. modules: digests of the source of
     these modules and of those that they import. data_files: (absolute path, bytes, mtime in ns). patterns: the globs
     which these files match. folders: environment variable -> the folder it named, of those that say where the data lie.
     """
@@ -59,12 +61,12 @@ class Provenance:
     patterns: list[str] = dataclasses.field(default_factory=list)
     folders: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def change(self) -> str | None:
+    def change(self, digest: Callable[[Path], str] = preprocessing_digest) -> str | None:
         """What has changed since, in words, or None. What is not on this machine cannot be checked and counts as
-        unchanged: a cache may be carried to a training node without its sources."""
-        for name, digest in self.modules.items():
+        unchanged: a cache may be carried to a training node without its sources. `digest` is that of `modules`."""
+        for name, recorded in self.modules.items():
             file = module_file(name)
-            if file is not None and file_digest(file) != digest:
+            if file is not None and digest(file) != recorded:
                 return f"{file} has changed"
         for variable, folder in self.folders.items():
             now = os.environ.get(variable)
@@ -176,6 +178,15 @@ class Manifest:
         record["shards"] = [Shard(**shard) for shard in record["shards"]]
         record["provenance"] = provenance_from_json(record["provenance"])
         return Manifest(**record)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskMetrics:
+    """The metric functions of a task: `text`, names in `vikhr_t5.text_metrics`; `other`, names of what needs the task
+    itself: functions of its own, and all where it has a postprocessor."""
+
+    text: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
 
 
 def provenance_from_json(record: dict[str, Any]) -> Provenance:

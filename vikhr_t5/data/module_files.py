@@ -4,14 +4,17 @@ import ast
 import hashlib
 import importlib.machinery
 import importlib.util
+import itertools
 import os
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vikhr_t5.packages import OWN
 
 _SCHEMES = ("stdlib", "platstdlib", "purelib", "platlib")
+_METRICS = "vikhr_t5.text_metrics"
 _INSTALLED = tuple(os.path.realpath(sysconfig.get_path(name)) for name in _SCHEMES)
 
 
@@ -19,6 +22,35 @@ def file_digest(path: Path) -> str:
     """sha256 hex of a file."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def preprocessing_digest(path: Path) -> str:
+    """sha256 hex of a module's source without what says how a task is measured: the arguments `metric_fns`, and the
+    imports of `vikhr_t5.text_metrics`. What is cached does not depend on them."""
+    source = path.read_bytes()
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return hashlib.sha256(source).hexdigest()
+    lines = list(itertools.accumulate(map(len, source.splitlines(keepends=True)), initial=0))
+    kept, position = bytearray(), 0
+    for node in sorted(filter(_of_metrics, ast.walk(tree)), key=lambda node: (node.lineno, node.col_offset)):
+        start, end = lines[node.lineno - 1] + node.col_offset, lines[node.end_lineno - 1] + node.end_col_offset
+        if isinstance(node, ast.keyword):  # goes with the comma before it
+            start = len(re.sub(rb",?\s*\Z", b"", source[:start]))
+        else:  # goes with its line
+            end = re.compile(rb"[ \t]*\r?\n?").match(source, end).end()  # type: ignore[union-attr]  # matches nothing, too
+        kept += source[position:start]
+        position = max(position, end)
+    return hashlib.sha256(kept + source[position:]).hexdigest()
+
+
+def _of_metrics(node: ast.AST) -> bool:
+    if isinstance(node, ast.keyword):
+        return node.arg == "metric_fns"
+    if isinstance(node, ast.ImportFrom):
+        return all(_METRICS in (node.module, f"{node.module}.{alias.name}") for alias in node.names)
+    return isinstance(node, ast.Import) and all(alias.name == _METRICS for alias in node.names)
 
 
 def module_file(module: str) -> Path | None:
@@ -37,8 +69,8 @@ def module_file(module: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and os.path.isfile(spec.origin) else None
 
 
-def source_digests(modules: str) -> dict[str, str]:
-    """Name -> sha256 of the source of `modules` (joined by commas) and of what they import, directly or not.
+def source_digests(modules: str, digest: Callable[[Path], str] = preprocessing_digest) -> dict[str, str]:
+    """Name -> digest of the source of `modules` (joined by commas) and of what they import, directly or not.
 
     Packages that are installed, and vikhr_t5, are left out unless a module of `modules` is theirs: they have versions.
     """
@@ -53,7 +85,7 @@ def source_digests(modules: str) -> dict[str, str]:
         top = name.split(".")[0]
         if top == "vikhr_t5" or (top not in tops and os.path.realpath(file).startswith(_INSTALLED)):
             continue
-        found[name] = file_digest(file)
+        found[name] = digest(file)
         waiting += [*_imports(name, file), *_parents(name)]
     return dict(sorted(found.items()))
 

@@ -26,6 +26,7 @@ from absl import flags
 
 from vikhr_t5.data import denoisers
 from vikhr_t5.data.denoisers import Codes, Denoiser
+from vikhr_t5.data.manifest import TaskMetrics
 from vikhr_t5.data.mixing import Interleaving, apportion
 from vikhr_t5.data.rows import Batch, ExampleRows, Rows, Segment, WindowRows, empty_batch
 from vikhr_t5.data.store import CachedMixture, TokenStore, ensure_cached
@@ -79,10 +80,19 @@ class Dataset:
             "task/name" where a task's examples are named.
         example_rates: the share of examples of each task, by name.
         row_rates: the share of rows of each task, by name.
+        metrics: the metric functions of each task, by name.
         fingerprint: sha256 hex of all that decides what batch s holds; goes into checkpoints.
     """
 
-    def __init__(self, config: DatasetConfig, tasks: Mapping[str, Rows], rates: Mapping[str, float], fingerprint: str):
+    def __init__(
+        self,
+        config: DatasetConfig,
+        tasks: Mapping[str, Rows],
+        rates: Mapping[str, float],
+        metrics: Mapping[str, TaskMetrics],
+        fingerprint: str,
+    ):
+        self.metrics = dict(metrics)
         self.config, self.tasks, self.fingerprint = config, dict(tasks), fingerprint
         self.batch_size = config.batch_size
         self.lengths = _lengths(config)
@@ -253,7 +263,7 @@ def open_dataset(config: DatasetConfig, vocabulary: AnyVocabulary) -> Dataset:
         else:
             tasks[task] = ExampleRows(store, lengths, seed, source, config.pack)
         source += len(tasks[task].sources)
-    return Dataset(config, tasks, cached.rates, _fingerprint(config, cached, mixtures))
+    return Dataset(config, tasks, cached.rates, cached.metrics, _fingerprint(config, cached, mixtures))
 
 
 def _lengths(config: DatasetConfig) -> tuple[int, int]:

@@ -15,6 +15,7 @@ B rows, S inputs length, T targets length. Features (int32; 0 is padding), for t
 The names are those of seqio's `EncDecFeatureConverter`, `decoder_source_ids` apart.
 """
 
+import itertools
 import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -126,6 +127,9 @@ class Rows(Protocol):
     def segments(self, epoch: int, row: int) -> list[Segment]:
         """The contents of a row."""
 
+    def first(self, count: int | None) -> list[Segment]:
+        """The first `count` examples in the order of the store, or windows of epoch 0; None: all."""
+
     def write(self, batch: Batch, place: int, epoch: int, row: int) -> None:
         """Put a row into place `place` of `batch`, which holds padding there."""
 
@@ -203,6 +207,11 @@ class WindowRows:
         """See `Rows`."""
         return self._segments(epoch, row, *self.plan.locate(row))
 
+    def first(self, count: int | None) -> list[Segment]:
+        """See `Rows`."""
+        windows = itertools.chain.from_iterable(self.segments(0, row) for row in range(self.num_rows))
+        return list(itertools.islice(windows, count))
+
     def write(self, batch: Batch, place: int, epoch: int, row: int) -> None:
         """See `Rows`."""
         template, start = self.plan.locate(row)
@@ -276,6 +285,10 @@ class ExampleRows:
     def segments(self, epoch: int, row: int) -> list[Segment]:
         """See `Rows`."""
         return [self._segment(index) for index in self.plan.examples(row)]
+
+    def first(self, count: int | None) -> list[Segment]:
+        """See `Rows`."""
+        return [self._segment(index) for index in range(len(self.store))[:count]]
 
     def write(self, batch: Batch, place: int, epoch: int, row: int) -> None:
         """See `Rows`."""

@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vikhr_t5.data.manifest import NEEDS_SEQIO, Feature
+from vikhr_t5 import text_metrics
+from vikhr_t5.data.manifest import NEEDS_SEQIO, Feature, TaskMetrics
 from vikhr_t5.data.module_files import module_file
 from vikhr_t5.data.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary
 from vikhr_t5.errors import UserError, nearest
@@ -52,6 +53,7 @@ __all__ = [
     "feature_of",
     "find_provider",
     "import_tasks",
+    "metrics_of",
     "seqio",
     "tf",
 ]
@@ -175,6 +177,22 @@ def check_task_vocabulary(task: seqio.Task, vocabulary: AnyVocabulary) -> None:
                 f"{found.extra_ids} sentinels) than the run ({vocabulary.size} ids, {vocabulary.extra_ids} "
                 f"sentinels, {vocabulary.source}); register it with tasks.settings.vocabulary()"
             )
+
+
+def metrics_of(task: seqio.Task) -> TaskMetrics:
+    """The names of a task's metric functions.
+
+    Raises:
+        UserError: one does not take what seqio gives.
+    """
+    try:
+        functions, every = task.metric_fns, task.metric_objs
+    except ValueError as error:
+        raise UserError(f"task {task.name}: {error}") from error
+    ours = [f for f in functions if f in text_metrics.METRICS.values() and task.postprocessor is None]
+    others = [f.__name__ for f in functions if f not in ours and hasattr(f, "__name__")]
+    others += ["a metric object"] * (len(every) - len(ours) - len(others))
+    return TaskMetrics(tuple(f.__name__ for f in ours), tuple(others))
 
 
 def feature_of(task: str, name: str, feature: seqio.Feature) -> Feature:

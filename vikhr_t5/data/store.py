@@ -7,7 +7,8 @@
 A shard is an uncompressed Arrow IPC file with one `large_list<int32>` column per feature and, where the task's
 preprocessors tell which task an example comes from, a column of strings `task_name`. A split's folder appears as
 a whole, by a rename, so a folder with a manifest is complete. `mixtures/<name>.json` says which tasks a name stands
-for and at what rates; a task alone is a mixture of itself. `vikhr_t5.data.cache` writes all of this.
+for, at what rates and with which metric functions; a task alone is a mixture of itself. `vikhr_t5.data.cache` writes
+all of this.
 
 Letters: N examples.
 """
@@ -30,7 +31,8 @@ import numpy as np
 import pyarrow as pa
 
 from vikhr_t5.data import seqio_process
-from vikhr_t5.data.manifest import NEEDS_SEQIO, Manifest, Shard, provenance_from_json
+from vikhr_t5.data.manifest import NEEDS_SEQIO, Manifest, Shard, TaskMetrics, provenance_from_json
+from vikhr_t5.data.module_files import file_digest
 from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import atomic_path
@@ -288,11 +290,12 @@ class ShardWriter:
 
 @dataclasses.dataclass(frozen=True)
 class CachedMixture:
-    """The stores of a mixture's tasks (one split) and their rates, unnormalised, in the same order."""
+    """The stores of a mixture's tasks (one split), their rates, unnormalised, and their metrics, in the same order."""
 
     name: str
     stores: dict[str, TokenStore]
     rates: dict[str, float]
+    metrics: dict[str, TaskMetrics]
 
 
 def task_directory(cache_dir: str | os.PathLike[str], task: str, split: str) -> Path:
@@ -322,7 +325,7 @@ def open_cached(
             f"run `vikhr-t5 cache --mixture {mixture_or_task} --cache_dir {cache_dir}`"
         )
     record = json.loads(path.read_text(encoding="utf-8"))
-    if reason := provenance_from_json(record["provenance"]).change():
+    if reason := provenance_from_json(record["provenance"]).change(file_digest):
         raise CacheStale(f"the cached definition of {mixture_or_task} is stale: {reason}")
     tasks = [task for task in record["rates"] if split in record["splits"][task]]
     if not tasks:
@@ -332,7 +335,11 @@ def open_cached(
     for task, store in stores.items():
         if reason := store.manifest.stale_reason(vocabulary_fingerprint):
             raise CacheStale(f"the cache of {task}/{split} in {cache_dir} is stale: {reason}")
-    return CachedMixture(mixture_or_task, stores, {task: record["rates"][task] for task in tasks})
+    found = {task: record.get("metrics", {}).get(task, {}) for task in tasks}  # earlier versions kept none
+    metrics = {
+        task: TaskMetrics(**{kind: tuple(names) for kind, names in kinds.items()}) for task, kinds in found.items()
+    }
+    return CachedMixture(mixture_or_task, stores, {task: record["rates"][task] for task in tasks}, metrics)
 
 
 def ensure_cached(
