@@ -38,6 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     hosts.add_flags(train)
     train.add_argument("--dry_run", action="store_true", help="resolve all, print model, data, mesh, memory, and stop")
+    train.add_argument(
+        "--profile", type=int, nargs="?", const=5, default=0, metavar="STEPS",
+        help="trace 5 steps, or STEPS, into MODEL_DIR/profile, for XProf or Perfetto",
+    )  # fmt: skip
     gin_command(
         commands,
         "eval",
@@ -126,6 +130,8 @@ def _train_here(flags: argparse.Namespace) -> None:
 
         restore = dataclasses.replace(restore, path=hosts.once(readable, "reading the initial checkpoint"))
         arguments["checkpoint_cfg"] = dataclasses.replace(checkpoint_cfg, restore=restore)
+    if flags.profile:
+        arguments["profile_steps"] = flags.profile
     loop.train(**arguments)
 
 

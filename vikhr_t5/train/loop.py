@@ -20,6 +20,7 @@ from vikhr_t5.train.checkpoints import CheckpointConfig, Checkpoints
 from vikhr_t5.train.evaluate import Evaluator
 from vikhr_t5.train.interrupt import StopRequest
 from vikhr_t5.train.partitioning import Partitioner
+from vikhr_t5.train.profiler import Profiler
 from vikhr_t5.train.starting import starting_state
 from vikhr_t5.train.state import EncoderDecoderModel
 from vikhr_t5.train.step import Trainer, zero_sums
@@ -46,6 +47,7 @@ def train(
     num_samples: int = 4,
     random_seed: int | None = None,
     relative_steps: int | None = None,
+    profile_steps: int = 0,
     config_text: str = "",
 ) -> int:
     """Train up to `total_steps` updates, or until SIGTERM or SIGINT. Run again, it goes on where it stopped.
@@ -59,6 +61,7 @@ def train(
       num_samples: evaluation examples that are decoded to text at each evaluation.
       random_seed: of the fresh parameters and of dropout; None draws one.
       relative_steps: instead of `total_steps`: updates after the checkpoint that the run starts from.
+      profile_steps: steps to trace into `profile` in the run folder, from the third on.
       config_text: the gin configuration; goes into the run folder and into every checkpoint.
 
     Returns:
@@ -101,6 +104,7 @@ def train(
     _say(f"{folder}: {origin}, step {step} of {total_steps}")
     if step >= total_steps:
         return step
+    profiler = Profiler(folder / "profile", profile_steps, total_steps - step)
 
     files = checkpoints.described(model, config_text)
     for name, content in files.items() if jax.process_index() == 0 else ():
@@ -139,15 +143,18 @@ def train(
     with (
         contextlib.closing(batches),
         contextlib.closing(log),
+        contextlib.closing(profiler),
         StopRequest() as stop,
         Progress("training", total_steps, "steps", done=step, shown=jax.process_index() == 0) as bar,
     ):
         while True:
-            with jax.transfer_guard("disallow"):  # only what is written out moves between host and device
+            # Only what is written out moves between host and device.
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, sums, done = run_step(state, sums, batch, dropout_key)  # returns at once
                 step += 1
                 if step < total_steps:
                     batch = next_batch()  # goes to the device while the step runs
+            profiler.dispatched(done)
             in_flight.append(done)
             if len(in_flight) > STEPS_AHEAD:
                 jax.block_until_ready(in_flight.popleft())
