@@ -19,7 +19,12 @@ DENOISERS = tuple(f"demo_ul2/{name}" for name in ("R-3-15", "R-8-15", "X-3-50", 
 TASKS = ("translate_ru_en", "translate_en_ru", "complete", "restore")
 
 
-def write_run(folder: Path, sources: tuple[str, ...], first: int, last: int, every: int = 10, **end: Any) -> Path:
+METRICS = {"chrf": 40.0, "chrf/complete": 30.0, "chrf/restore": 50.0}  # of generated text, at the end
+
+
+def write_run(
+    folder: Path, sources: tuple[str, ...], first: int, last: int, every: int = 10, measured: bool = False, **end: Any
+) -> Path:
     """A run folder as the trainer leaves it, with made-up curves."""
     rng, task = np.random.default_rng(first), sources[0].split("/")[0]
     (folder / "vocabulary").mkdir(parents=True)
@@ -51,6 +56,7 @@ def write_run(folder: Path, sources: tuple[str, ...], first: int, last: int, eve
         lines.append({"kind": "train", "step": step, "time": 1.7e9 + step, **line})
         if (step - first) % max(every, (last - first) // 6) < every:
             held_out = {name: value + 0.1 for name, value in line.items() if name.startswith(("loss", "accuracy"))}
+            held_out |= {name: value * progress for name, value in METRICS.items() if measured}
             lines.append({"kind": "eval", "step": step, "time": 1.7e9 + step, "task": task, **held_out})
     lines += [{"kind": "end", "step": last, "time": 1.8e9, **end}] if end else []
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -106,7 +112,7 @@ class _Page(HTMLParser):
 def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     first = write_run(folder / "ul2", DENOISERS, 0, 400, finished=True)
-    return [first, write_run(folder / "instruct", TASKS, 400, 700, finished=True)]
+    return [first, write_run(folder / "instruct", TASKS, 400, 700, measured=True, finished=True)]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +148,16 @@ def test_every_source_has_its_curves(page: _Page) -> None:
     for title in ("Throughput", "MFU", "Useful tokens", "Step time", "Memory", "Gradient norm", "Learning rate"):
         assert title in titles
     assert len([tag for tag, _ in page.tags if tag == "figure"]) == len(page.charts)
+
+
+def test_each_metric_of_generated_text_has_a_chart(page: _Page) -> None:
+    assert "chrf, ul2" not in [chart["title"] for chart in page.charts]
+    assert "40.0chrf, held out" in page.text
+    chart, loss = (next(c for c in page.charts if c["title"] == f"{name}, instruct") for name in ("chrf", "Loss"))
+    assert {s["name"]: s["y"][-1] for s in chart["series"]} == {"all": 40, "complete": 30, "restore": 50}
+    assert all(s["dots"] for s in chart["series"])
+    slots = {s["name"]: s["slot"] for s in loss["series"]}
+    assert all(s["slot"] == slots[s["name"]] for s in chart["series"])
 
 
 def test_sets_that_only_evaluations_tell_apart_are_in_the_table_alone(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ def _body(runs: Sequence[Run], compare: bool, charts: list[dict[str, Any]]) -> I
         for metric, unit in metrics.items():
             if any(run.train.names(metric) for run in runs):
                 yield figures(report_charts.by_run(runs, metric, unit))
+        for metric in report_charts.generated(runs):
+            yield figures(report_charts.by_run(runs, metric, ""))
         shared = [s for s in report_charts.charted(runs[0]) if all(s in sources_of(run) for run in runs)]
         if shared:
             yield figures(*(report_charts.by_run(runs, "loss", "loss", source) for source in shared))
@@ -111,6 +113,8 @@ def _body(runs: Sequence[Run], compare: bool, charts: list[dict[str, Any]]) -> I
         for metric, unit in metrics.items():
             if metric == "loss" or metric in run.train.names(metric):
                 yield figures(report_charts.by_source(run, metric, unit))
+        for metric in report_charts.generated([run]):
+            yield figures(report_charts.by_source(run, metric, ""))
     lanes = [[run] for run in runs] if compare else [runs]
     yield f"<h2>Machine and optimizer</h2>{figures(*(report_charts.of_all(lanes, c) for c in report_charts.SMALL))}"
     for run in runs:
@@ -135,6 +139,8 @@ def _figures_of(run: Run, price: float | None) -> list[tuple[str, str]]:
     for task, table in run.evals.items():
         held_out = "held-out loss" + (f", {task}" if len(run.evals) > 1 else "")
         keys.append((_figure(table.ends("loss")[1]), held_out))
+    for metric in report_charts.generated([run]):
+        keys.append((f"{_last_held_out(run, metric):.1f}", f"{metric}, held out"))
     return keys + _cost_of(run, price)
 
 

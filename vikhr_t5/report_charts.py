@@ -11,6 +11,7 @@ import numpy as np
 from vikhr_t5.run_folder import AXES, Run
 
 POINTS = 300
+FORCED = ("loss", "accuracy")  # of targets that are given
 _MOST_CURVES = 50  # sources in a chart
 
 
@@ -71,12 +72,20 @@ def _numbers(values: np.ndarray) -> list[float]:
 def by_source(run: Run, metric: str, unit: str) -> dict[str, Any]:
     """The chart of a metric in one run: all sources together in ink, each of them, and evaluations dashed."""
     sources = charted(run)
+    measured = [name.removeprefix(f"{metric}/") for table in run.evals.values() for name in table.names(f"{metric}/")]
     series = []
-    for slot, source in [(-1, ""), *enumerate(sources)]:
+    for slot, source in [(-1, ""), *enumerate(dict.fromkeys([*sources, *(measured if metric not in FORCED else ())]))]:
         name = f"{metric}/{source}" if source else metric
         series += _curves(run, name, short(source, sources) or "all", slot)
     note = "per source; dashed: held out" if run.evals else "per source"
-    return _wide(f"{metric.capitalize()}, {run.name}", note if sources else "", unit, series)
+    note = note if metric in FORCED else "of answers to held-out examples, per task"
+    return _wide(f"{_titled(metric)}, {run.name}", note if sources else "", unit, series)
+
+
+def generated(runs: Sequence[Run]) -> list[str]:
+    """The metrics of generated text that evaluations have, such as "chrf": besides loss and accuracy."""
+    names = (name for run in runs for table in run.evals.values() for name in table.names("") if "/" in name)
+    return [metric for metric in dict.fromkeys(name.partition("/")[0] for name in names) if metric not in FORCED]
 
 
 def by_run(runs: Sequence[Run], metric: str, unit: str, source: str = "") -> dict[str, Any]:
@@ -84,8 +93,12 @@ def by_run(runs: Sequence[Run], metric: str, unit: str, source: str = "") -> dic
     name = f"{metric}/{source}" if source else metric
     series = [curve for slot, run in enumerate(runs) for curve in _curves(run, name, run.name, slot)]
     note = "per run; dashed: held out" if any(run.evals for run in runs) else "per run"
-    title = f"{metric.capitalize()} of {source}" if source else metric.capitalize()
+    title = f"{_titled(metric)} of {source}" if source else _titled(metric)
     return _wide(title, note, unit, series) | {"wide": not source}
+
+
+def _titled(metric: str) -> str:
+    return metric.capitalize() if metric in FORCED else metric
 
 
 def _curves(run: Run, metric: str, name: str, slot: int) -> list[dict[str, Any]]:
