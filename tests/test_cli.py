@@ -23,6 +23,7 @@ COMMANDS = [
     ["decontaminate"],
     ["convert"],
     ["report"],
+    ["benchmark"],
     ["translate"],
     ["vocab", "train"],
     ["vocab", "chart"],

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from vikhr_t5 import __version__, cli_data, cli_plan, cli_vocab, hosts
+from vikhr_t5 import __version__, cli_benchmark, cli_data, cli_plan, cli_vocab, hosts
 from vikhr_t5.cli_gin import gin_command, launched, readable_checkpoint, run_on_checkpoint
 from vikhr_t5.command_line import Parser, add_command, exit_status, refuse_unknown
 from vikhr_t5.packages import require_own
@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="F", help="default: report.html in the last run folder")
 
     cli_vocab.add_commands(commands)
+    cli_benchmark.add_commands(commands)
     return parser
 
 
