@@ -36,6 +36,8 @@ class Block:
                 words = shlex.split(part, comments=True)
                 while words and _ASSIGNMENT.match(words[0]):
                     words = words[1:]
+                if words[-1:] == ["&"]:
+                    words = words[:-1]
                 if words:
                     yield words
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import benchmark_sets
 import blocks
 import mistral_common
 import published
@@ -183,7 +184,13 @@ def scaling(folder: Path, trained: Path) -> None:
     copy(trained / "spiece.model", folder / "spiece.model")
 
 
+def benchmarks(folder: Path, trained: Path) -> None:
+    copy(trained / "hf", folder / "runs/demo/hf")
+    benchmark_sets.write_all(folder / "evaluation", items=9, of_subject=1)
+
+
 PREPARE: dict[str, Callable[[Path, Path], None]] = {
+    "benchmarks.md": benchmarks,
     "conversion.md": conversion,
     "vocabularies.md": vocabularies,
     "mixtures.md": mixtures,
