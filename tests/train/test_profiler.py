@@ -50,5 +50,5 @@ def test_a_run_that_is_too_short_is_refused(tmp_path):
 
 
 def test_a_run_is_profiled_in_its_folder(tmp_path):
-    run(tmp_path, total_steps=WARM_UP + 2, profile_steps=2)
+    run(tmp_path, total_steps=WARM_UP + 2, profile_steps=2, evaluate=False)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
