@@ -66,7 +66,7 @@ class T5x:
     def step(self) -> float:
         self.key, key = self.jax.random.split(self.key)
         self.state, metrics = self.jax.block_until_ready(self.compiled(self.state, self.batch, key))
-        return float(metrics["loss"].compute())
+        return float(metrics["loss"].total)
 
 
 def main() -> None:
