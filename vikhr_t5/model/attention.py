@@ -3,11 +3,9 @@
 B batch, T query (target) length, S key (source) length, H heads, K head dim, G relative-position buckets.
 """
 
-import math
 from functools import partial
 from typing import Protocol
 
-import flax.linen as nn
 import jax
 from jax import Array
 from jax.sharding import PartitionSpec
@@ -15,6 +13,7 @@ from jax.sharding import PartitionSpec
 from vikhr_t5.errors import UserError
 from vikhr_t5.model import attention_kernel, ops
 from vikhr_t5.model.config import T5Config
+from vikhr_t5.model.sharding import partition_spec
 
 
 class Attention(Protocol):
@@ -71,10 +70,9 @@ class PlainAttention:
 
 
 class FusedAttention:
-    """In one kernel: see `attention_kernel`. Each device computes its own rows and heads.
+    """In one kernel: see `attention_kernel`. On a mesh each device computes its own rows and heads.
 
-    XLA cannot split a kernel over a mesh by itself, so this does, by the logical axes "batch" and "joined_kv". It acts
-    inside of a mesh and `flax.linen.logical_axis_rules`; heads that the mesh does not divide are computed by all.
+    XLA cannot split a kernel by itself, so this does, by the logical axes "batch" and "joined_kv": see `sharding`.
     """
 
     def __init__(self, query_segments: Array, key_segments: Array, causal: bool):
@@ -88,14 +86,10 @@ class FusedAttention:
 
     def __call__(self, query: Array, key: Array, value: Array, bias: Array | None) -> Array:
         attend = partial(attention_kernel.fused_attention, causal=self._causal)
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.size > 1:
-            batch, heads = nn.logical_to_mesh_axes(("batch", "joined_kv")) or (None, None)
-            axes = (heads,) if isinstance(heads, str) else heads or ()
-            if query.shape[2] % math.prod(mesh.shape[axis] for axis in axes):
-                heads = None
-            split, table, row = PartitionSpec(batch, None, heads), PartitionSpec(heads), PartitionSpec(batch)
-            given = (split, split, split, None if bias is None else table, row, row, row, row)
+        split = partition_spec(query.shape, ("batch", None, "joined_kv", None))
+        if split is not None:
+            rows, table = PartitionSpec(split[0]), PartitionSpec(split[2])
+            given = (split, split, split, None if bias is None else table, rows, rows, rows, rows)
             attend = jax.shard_map(attend, in_specs=given, out_specs=split, check_vma=False)
         attended = attend(query, key, value, bias, *self._segments, *self._blocks)
         return attended.reshape(*query.shape[:2], -1)
