@@ -12,9 +12,12 @@ from vikhr_t5 import dry_run, gin_files, launch
 from vikhr_t5 import eval as eval_script
 from vikhr_t5 import infer as infer_script
 from vikhr_t5.data.vocabulary import train_vocabulary
+from vikhr_t5.devices import KINDS as ALL_KINDS
+from vikhr_t5.plan_time import utilisation
 from vikhr_t5.train import loop
 
 GIN = gin_files.gin_folder()
+KINDS = {kind.name: kind for kind in ALL_KINDS}
 # Those of t5x/ speak t5x's names: tests/test_t5x_gin_files.py.
 FILES = sorted(str(path.relative_to(GIN)) for path in GIN.rglob("*.gin") if GIN / "t5x" not in path.parents)
 TINY = "models/t5_1_1_tiny.gin"
@@ -189,7 +192,9 @@ def test_a_recipe_says_what_it_expects(file, vocabulary_file):
     assert steps == arguments["total_steps"] or restore is not None
     assert total == pytest.approx(flops * batch * steps / 1e18, rel=0.02)
     hours = float(re.search(r"TFLOP/s, ([\d.]+) hours", head.replace("\n#", "").replace("           ", " ")).group(1))
-    assert hours == pytest.approx(total * 1e18 / (0.35 * 989e12) / 3600, rel=0.04)
+    share = float(re.search(r"at (\d+)% of an H100's 989", head)[1]) / 100
+    assert hours == pytest.approx(total * 1e18 / (share * 989e12) / 3600, rel=0.04)
+    assert share == utilisation(KINDS["H100-80GB"], "bfloat16", arguments["model"].config.param_count(), None)[0]
 
 
 @pytest.mark.parametrize("file", FILES)

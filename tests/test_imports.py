@@ -45,7 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vikhr_t5/report.py": ("vikhr_t5.report_charts", "vikhr_t5.run_folder"),
     "vikhr_t5/report_charts.py": ("vikhr_t5.run_folder",),
     "vikhr_t5/translate.py": ("vikhr_t5.translation_text",),
-    "vikhr_t5/dry_run.py": ("vikhr_t5.train", "vikhr_t5.model", "vikhr_t5.data"),
+    "vikhr_t5/dry_run.py": ("vikhr_t5.plan_memory", "vikhr_t5.train", "vikhr_t5.model", "vikhr_t5.data"),
     "vikhr_t5/plan.py": ("vikhr_t5.plan_compile", "vikhr_t5.plan_memory", "vikhr_t5.train"),
     "vikhr_t5/plan_chart.py": ("vikhr_t5.dry_run", "vikhr_t5.plan_report"),
     "vikhr_t5/plan_compile.py": ("vikhr_t5.plan_flops", "vikhr_t5.plan_memory", "vikhr_t5.train"),

@@ -93,7 +93,7 @@ def test_state_is_that_of_the_arrays():
         params = zero_params(model)
         held = state_bytes(model, Partitioner())
         assert held.parameters == sum(x.nbytes for x in jax.tree.leaves(params))
-        assert held.optimizer == sum(x.nbytes for x in jax.tree.leaves(model.optimizer.init(params)))
+        assert held.optimizer == sum(x.nbytes for x in jax.tree.leaves(jax.jit(model.optimizer.init)(params)))
 
 
 def test_what_is_kept_for_the_backward_pass_is_what_jax_keeps():
@@ -125,10 +125,16 @@ def test_arguments_of_the_compiled_step_are_state_and_batch():
     assert compiled.flops == pytest.approx(activations(given["model"], *LENGTHS.values()).flops * 8, rel=0.01)
 
 
-def test_settings_from_the_fastest_to_the_smallest():
-    """Room for all: as it is. Less and less: then fsdp, microbatches and remat, and at last nothing."""
+@pytest.fixture(scope="module")
+def planner():
+    """It keeps what it has traced."""
     config = with_config(tiny_model(), emb_dim=64, mlp_dim=256, num_encoder_layers=4, num_decoder_layers=4).config
-    planner = Planner(arguments(tiny_model(config), batch_size=64), KIND["A100-80GB"], 4, 1e9, None)
+    return Planner(arguments(tiny_model(config), batch_size=64), KIND["A100-80GB"], 4, 1e9, None)
+
+
+def test_settings_from_the_fastest_to_the_smallest(planner):
+    """Room for all: as it is. Less and less: then fsdp, microbatches and remat, and at last nothing."""
+    planner.usable, planner.compile_flags = 1e9, None
     roomy = planner.plan()
     assert roomy.best == roomy.given
     assert roomy.best.mesh == {"data": 4, "fsdp": 1, "tensor": 1}
@@ -149,7 +155,7 @@ def test_settings_from_the_fastest_to_the_smallest():
     assert of[4].gradients == pytest.approx(of[1].gradients / 4, rel=0.1)
 
 
-def test_the_compiler_has_the_last_word():
+def test_the_compiler_has_the_last_word(planner):
     """It asks for half as much again: the plan goes on to what fits by its figure, and says so if nothing does."""
     asked = []
 
@@ -160,7 +166,7 @@ def test_the_compiler_has_the_last_word():
 
         return compile_flags
 
-    planner = Planner(arguments(batch_size=64), KIND["A100-80GB"], 4, 1e9, None)
+    planner.usable, planner.compile_flags = 1e9, None
     needs = planner.plan().best.memory.total
     planner.usable, planner.compile_flags = needs * 1.2, compiler(1.0)
     assert planner.plan().best.compiled.peak == needs

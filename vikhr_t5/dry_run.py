@@ -3,12 +3,10 @@
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +14,7 @@ from rich.table import Table
 from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
 from vikhr_t5.data.store import CacheMissing, CacheStale, open_cached
 from vikhr_t5.errors import UserError
+from vikhr_t5.plan_memory import state_bytes
 from vikhr_t5.progress import human
 from vikhr_t5.train.checkpoint_files import find_checkpoint
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
@@ -135,20 +134,11 @@ def _mesh(partitioner: Partitioner, batch_size: int, microbatches: int) -> Rows:
 
 def memory(model: EncoderDecoderModel, partitioner: Partitioner) -> dict[str, int]:
     """Bytes of "parameters", "gradients" and "optimizer" on one device, from their shapes and shardings."""
-    state = model.abstract_state()
-    shardings = partitioner.shardings(model.state_axes(), state)
-    params = _bytes(state.params, shardings.params)
-    return {"parameters": params, "gradients": params, "optimizer": _bytes(state.opt_state, shardings.opt_state)}
+    held = state_bytes(model, partitioner)
+    return {name: getattr(held, name) for name in ("parameters", "gradients", "optimizer")}
 
 
 def _memory(model: EncoderDecoderModel, partitioner: Partitioner) -> Rows:
     parts = memory(model, partitioner)
     rows = [(name, f"{human(size)}B") for name, size in {**parts, "together": sum(parts.values())}.items()]
-    return [*rows, ("on top", "activations and logits of one microbatch")]
-
-
-def _bytes(shapes: Any, shardings: Any) -> int:
-    def size(shape: Any, sharding: Any) -> int:
-        return prod(sharding.shard_shape(shape.shape)) * np.dtype(shape.dtype).itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(size, shapes, shardings)))
+    return [*rows, ("on top", "activations and logits of one microbatch: `vikhr-t5 plan` says how much")]

@@ -35,7 +35,7 @@ class Memory:
 
     Attributes:
         parameters: at rest, and what is gathered of other devices' shards for one layer or for the output layer.
-        gradients: one set; a second, where microbatches add up.
+        gradients: one set, in the type of the parameters; and their float32 sum, where microbatches add up.
         optimizer: its state.
         activations: kept for the backward pass; and what one layer needs more than the logits do, as the two are never
             there at one time.
@@ -184,7 +184,7 @@ def memory(
     transient = rows * one_layer / tensor + unscattered
     return Memory(
         parameters=int(state.parameters + gathered),
-        gradients=int(state.gradients * (2 if num_microbatches > 1 else 1)),
+        gradients=int(state.parameters + (state.gradients if num_microbatches > 1 else 0)),
         optimizer=int(state.optimizer),
         activations=int((rows * active.kept + active.shared) / tensor + max(0.0, transient - logits)),
         logits=int(logits),
