@@ -61,6 +61,7 @@ def ours(folder: Path, options: argparse.Namespace, warm: bool) -> float:
         "TRAIN_STEPS": 1,
         "loop.train.train_eval_dataset_cfg": None,
         "network.T5Config.vocab_size": VOCABULARY,
+        "network.T5Config.dtype": "'float32'",
     }
     command = [sys.executable, "-m", "vikhr_t5.cli", "train", f"--gin_file=models/t5_1_1_{options.size}.gin"]
     command += ["--gin_file=runs/pretrain.gin", *(f"--gin.{name}={value}" for name, value in bindings.items())]
