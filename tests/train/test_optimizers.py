@@ -312,7 +312,7 @@ def test_rms_scaled_adamw_equals_nanot5s_rule():
         np.testing.assert_allclose(found, tensor.detach().numpy(), rtol=2e-5, atol=1e-7, err_msg=path)
 
 
-@pytest.mark.parametrize(("moment_dtype", "tolerance"), [("bfloat16", 0.02), ("8bit", 0.1)])
+@pytest.mark.parametrize(("moment_dtype", "tolerance"), [("bfloat16", 0.01), ("8bit", 0.03)])
 def test_moments_in_fewer_bytes_stay_near_those_of_float32(moment_dtype, tolerance):
     """20 updates; relative to how far a parameter moved, by norms."""
     params, grads = random_tree(0), [random_tree(s) for s in range(1, 21)]
