@@ -107,7 +107,7 @@ def supervised(program: str) -> None:
 
 def _killed(number: int) -> str:
     if number == signal.SIGABRT:
-        return "another host ended or no longer answers, so this one was stopped (its reason may stand above)"
+        return "another host did not start, ended or no longer answers, so this one was stopped (JAX says more above)"
     cause = ": by the system where memory ran out, or by a person" if number == signal.SIGKILL else ""
     return f"this process was killed ({signal.Signals(number).name}{cause})"
 
