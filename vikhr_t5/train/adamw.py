@@ -44,8 +44,8 @@ class AdamW:
             raise UserError(f"AdamW.moment_dtype {self.moment_dtype!r} ({nearest(self.moment_dtype, MOMENT_DTYPES)})")
 
     def init(self, params: Tree) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        return self._pack(optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros))
+        mu, nu = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params) for _ in range(2))
+        return self._pack(optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu))
 
     def update(
         self, grads: Tree, state: optax.ScaleByAdamState, params: Tree, learning_rate: jax.Array
