@@ -9,7 +9,7 @@ import pytest
 from tiny_run import run, tiny_model
 
 from vikhr_t5 import infer as infer_script
-from vikhr_t5 import inference
+from vikhr_t5 import inference, task_examples
 from vikhr_t5.data.pipeline import DatasetConfig
 from vikhr_t5.errors import UserError
 from vikhr_t5.model import decoding
@@ -38,13 +38,13 @@ def examples():
 
 def predictor(checkpoint, batch_size, **options):
     restore = RestoreCheckpointConfig(str(checkpoint))
-    return inference.Predictor(tiny_model(z_loss=0.3), Partitioner(), restore, batch_size, **options)
+    return inference.restored(tiny_model(z_loss=0.3), Partitioner(), restore, batch_size, **options)[0]
 
 
 def test_scores_are_the_models_losses_without_z_loss(checkpoint, examples):
     p = predictor(checkpoint, 2)
     model = tiny_model(z_loss=0.0)
-    scores = p.score(examples, LENGTHS)
+    scores = p.score(task_examples.pairs(examples, LENGTHS))
     for example, score in zip(examples, scores, strict=True):
         targets = np.zeros((1, LENGTHS["targets"]), np.int32)
         ids = example["targets"][: LENGTHS["targets"]]
@@ -62,23 +62,49 @@ def test_scores_are_the_models_losses_without_z_loss(checkpoint, examples):
         }
         loss, sums = model.loss_sums(p.params, batch, weights, 1)
         assert score.log_likelihood == pytest.approx(-float(loss), rel=1e-5)
-        assert (score.tokens, score.correct) == (int(weights.sum()), int(sums["correct"]))
+        assert (len(score.log_likelihoods), score.correct) == (int(weights.sum()), int(sums["correct"]))
 
 
 def test_neither_the_batch_size_nor_padding_changes_an_answer(checkpoint, examples):
     small, large = predictor(checkpoint, 2), predictor(checkpoint, 8)
-    answers = small.predict(examples, LENGTHS)
-    assert answers == large.predict(examples, LENGTHS)
+    pairs = task_examples.pairs(examples, LENGTHS)
+    inputs, length = [asked for asked, _ in pairs], LENGTHS["targets"]
+    answers, others = (p.generate(inputs, inference.Decoding(), length) for p in (small, large))
+    assert [best.ids for best, *_ in answers] == [best.ids for best, *_ in others]
     assert len(answers) == len(examples)
-    scores = [np.array([s.log_likelihood for s in p.score(examples, LENGTHS)]) for p in (small, large)]
+    scores = [np.array([s.log_likelihood for s in p.score(pairs)]) for p in (small, large)]
     np.testing.assert_allclose(*scores, rtol=1e-5)
     # Each row alone, straight from the decoder.
-    for example, answer in zip(examples[:4], answers, strict=False):
-        tokens = jnp.asarray(example["inputs"])[None]
-        found = decoding.greedy(small.params, small.model.config, tokens, LENGTHS["targets"], vocab_size=100)[
-            0
-        ].tolist()
-        assert answer == (found[: found.index(0)] if 0 in found else found)
+    for ids, (answer,) in zip(inputs, answers, strict=True):
+        tokens = jnp.asarray(ids)[None]
+        found = decoding.greedy(small.params, small.config, tokens, length, vocab_size=100)[0].tolist()
+        assert answer.ids == (found[: found.index(1) + 1] if 1 in found else found)
+        # What an answer says of its tokens is what scoring it says.
+        assert small.score([(ids, answer.ids)])[0].log_likelihoods == pytest.approx(answer.log_probabilities, abs=1e-4)
+
+
+def test_few_shapes_are_compiled():
+    assert [inference.bucket(n) for n in (1, 16, 17, 24, 25, 33, 49, 65, 300, 512, 513)] == [
+        16, 16, 24, 24, 32, 48, 64, 96, 384, 512, 768,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_beams": 0}, "num_beams is 0; it must be at least 1"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"num_beams": 4, "top_k": 3}, "beam search draws nothing: leave out top_k"),
+        ({"num_beams": 2, "num_samples": 3}, "3 answers from 2 beams"),
+        ({"temperature": 0.0, "num_samples": 2}, "temperature 0 draws nothing"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        inference.Decoding(**settings)
 
 
 def test_parameters_are_rounded_where_that_is_asked_for(checkpoint):
@@ -93,9 +119,9 @@ def test_parameters_are_rounded_where_that_is_asked_for(checkpoint):
 def test_what_is_refused(checkpoint, tmp_path):
     restore = RestoreCheckpointConfig(str(checkpoint))
     with pytest.raises(UserError, match="set CHECKPOINT_PATH"):
-        inference.Predictor(tiny_model(), Partitioner(), RestoreCheckpointConfig(), 2)
+        inference.restored(tiny_model(), Partitioner(), RestoreCheckpointConfig(), 2)
     with pytest.raises(UserError, match="no such folder"):
-        inference.Predictor(tiny_model(), Partitioner(), RestoreCheckpointConfig(str(tmp_path / "no")), 2)
+        inference.restored(tiny_model(), Partitioner(), RestoreCheckpointConfig(str(tmp_path / "no")), 2)
     config = DatasetConfig("a", LENGTHS, "validation", 2)
     given = (tiny_model(), config, restore, Partitioner(), str(tmp_path))
     with pytest.raises(UserError, match="'predct' is unknown"):
@@ -104,7 +130,7 @@ def test_what_is_refused(checkpoint, tmp_path):
         infer_script.infer("predict", *given, shard_id=3, num_shards=3)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="task a has no examples"):
-        inference.longest([], "a")
+        task_examples.longest([], "a")
 
 
 class Words:
@@ -119,10 +145,10 @@ def test_texts_are_those_of_the_task_or_decoded():
         "options_pretokenized": np.array([b"a", "б".encode()], object),
         "weight_pretokenized": np.float32(0.5),
     }
-    texts = inference.plain(example, Words())
+    texts = task_examples.plain(example, Words())
     assert json.loads(json.dumps(texts)) == {
         "inputs_pretokenized": "ёж",
         "options_pretokenized": ["a", "б"],
         "weight_pretokenized": 0.5,
     }
-    assert inference.plain({"inputs": np.array([5, 1])}, Words()) == {"inputs": "5 1"}
+    assert task_examples.plain({"inputs": np.array([5, 1])}, Words()) == {"inputs": "5 1"}

@@ -1,7 +1,7 @@
 """`vikhr-t5`: every command. Each parses its flags, calls one function of the package, and imports it only then.
 
 Here: what trains and runs a model, converts it and reports; `cli_data` has the commands of data, `cli_vocab` those of
-vocabularies, `cli_plan` has `plan`.
+vocabularies, `cli_plan`, `cli_benchmark` and `cli_playground` one each.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from vikhr_t5 import __version__, cli_benchmark, cli_data, cli_plan, cli_vocab, hosts
+from vikhr_t5 import __version__, cli_benchmark, cli_data, cli_infer, cli_plan, cli_playground, cli_vocab, hosts
 from vikhr_t5.cli_gin import gin_command, launched, readable_checkpoint, run_on_checkpoint
 from vikhr_t5.command_line import Parser, add_command, exit_status, refuse_unknown
 from vikhr_t5.packages import require_own
@@ -51,16 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gin.EVAL_OUTPUT_DIR=runs/demo/eval --gin.MIXTURE_OR_TASK_NAME=\"'demo_instructions'\" "
         "--gin.MIXTURE_OR_TASK_MODULE=\"'tasks.demo'\"",
     )
-    infer = gin_command(
-        commands,
-        "infer",
-        _infer,
-        "write a model's predictions for a seqio task",
-        "vikhr-t5 infer --gin_file=models/demo.gin --gin_file=runs/infer.gin --gin.CHECKPOINT_PATH=runs/demo/instruct "
-        "--gin.INFER_OUTPUT_DIR=runs/demo/answers --gin.MIXTURE_OR_TASK_NAME=\"'demo_instructions'\" "
-        "--gin.MIXTURE_OR_TASK_MODULE=\"'tasks.demo'\" --gin.TASK_FEATURE_LENGTHS=\"{'inputs':256,'targets':160}\"",
-    )
-    infer.add_argument("--shard_id", type=int, metavar="N", help="the same as --gin.infer.shard_id")
+    cli_infer.add_commands(commands)
     cli_plan.add_commands(commands)
 
     cli_data.add_commands(commands)
@@ -101,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     cli_vocab.add_commands(commands)
     cli_benchmark.add_commands(commands)
+    cli_playground.add_commands(commands)
     return parser
 
 
@@ -140,14 +132,6 @@ def _eval(flags: argparse.Namespace) -> None:
     from vikhr_t5 import eval as eval_script
 
     run_on_checkpoint(flags, eval_script.evaluate)
-
-
-def _infer(flags: argparse.Namespace) -> None:
-    from vikhr_t5 import infer as infer_script
-
-    if flags.shard_id is not None:
-        flags.bindings.append(f"infer.shard_id={flags.shard_id}")
-    run_on_checkpoint(flags, infer_script.infer)
 
 
 def _convert(flags: argparse.Namespace) -> int:
@@ -229,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int | None:
         flags = parse(arguments)
-        if argv is None and flags.run in (_train, _eval, _infer, _convert):
+        if argv is None and flags.command in ("train", "eval", "infer", "convert"):
             _use_huge_pages()
         return flags.run(flags)
 

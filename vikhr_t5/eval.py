@@ -1,4 +1,4 @@
-"""`vikhr-t5 eval`: a checkpoint on a seqio task: its metric functions on greedy predictions, and the forced loss.
+"""`vikhr-t5 eval`: a checkpoint on a seqio task: its metric functions on predictions, and the forced loss.
 
 <output_dir>/inference_eval/metrics.jsonl            one line per task: seqio's metrics, loss, accuracy
 <output_dir>/inference_eval/<task>-<step>.jsonl      inputs, target, prediction; UTF-8
@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from vikhr_t5 import inference
+from vikhr_t5 import inference, task_examples
 from vikhr_t5.data.pipeline import DatasetConfig
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import write_text_atomic
+from vikhr_t5.inference import Decoding
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
 from vikhr_t5.train.metrics import MetricsLog
 from vikhr_t5.train.partitioning import Partitioner
 from vikhr_t5.train.state import EncoderDecoderModel
 
+GREEDY = Decoding()
 ALL_STEPS = 2**40  # what was written for other steps stays
 
 
@@ -32,6 +34,7 @@ def evaluate(
     num_examples: int | None = None,
     write_n_results: int | None = None,
     dtype: str = "float32",
+    decoding: Decoding = GREEDY,
     config_text: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Evaluate one checkpoint on every task of `dataset_cfg`.
@@ -40,7 +43,8 @@ def evaluate(
       dataset_cfg: `task_feature_lengths` None takes the longest example's; `pack` and `cache_dir` play no part.
       num_examples: the first so many of each task; None: all.
       write_n_results: predictions of each task that are written; None: all.
-      dtype: see `inference.Predictor`.
+      dtype: see `inference.restored`.
+      decoding: how predictions are found.
       config_text: the gin configuration; goes into the folder.
 
     Returns:
@@ -49,43 +53,46 @@ def evaluate(
     Raises:
       UserError: whatever the person who launched it can mend.
     """
-    predictor = inference.Predictor(model, partitioner, restore_checkpoint_cfg, dataset_cfg.batch_size, dtype)
-    folder = inference.output_folder(output_dir) / "inference_eval"
+    batch_size = dataset_cfg.batch_size
+    predictor, checkpoint_step = inference.restored(model, partitioner, restore_checkpoint_cfg, batch_size, dtype)
+    folder = task_examples.output_folder(output_dir) / "inference_eval"
     results: dict[str, dict[str, Any]] = {}
-    tasks = inference.open_tasks(dataset_cfg, model.vocabulary)
+    tasks = task_examples.open_tasks(dataset_cfg, model.vocabulary)
     if config_text:
         write_text_atomic(folder.parent / "config.gin", config_text)
     folder.mkdir(exist_ok=True)
     with contextlib.closing(MetricsLog(folder, ALL_STEPS)) as log:
         for task in tasks:
-            examples: list[inference.Example] = []
-            for example in inference.examples(task, dataset_cfg):
+            examples: list[task_examples.Example] = []
+            for example in task_examples.examples(task, dataset_cfg):
                 if len(examples) == num_examples:
                     break
                 examples.append(example)
-            lengths = dict(dataset_cfg.task_feature_lengths or inference.longest(examples, task.name))
-            predictions = predictor.predict(examples, lengths)
-            scores = predictor.score(examples, lengths)
-            tokens = max(1, sum(score.tokens for score in scores))
+            lengths = dict(dataset_cfg.task_feature_lengths or task_examples.longest(examples, task.name))
+            pairs = task_examples.pairs(examples, lengths)
+            answers = predictor.generate([inputs for inputs, _ in pairs], decoding, lengths["targets"])
+            predictions = [best.ids for best, *_ in answers]
+            scores = predictor.score(pairs)
+            tokens = max(1, sum(len(score.log_likelihoods) for score in scores))
             metrics = {
                 "loss": -sum(score.log_likelihood for score in scores) / tokens,
                 "accuracy": sum(score.correct for score in scores) / tokens,
                 "examples": len(examples),
-                **_seqio_metrics(task, dataset_cfg, lengths, num_examples, predictor.step, predictions, scores),
+                **_seqio_metrics(task, dataset_cfg, lengths, num_examples, checkpoint_step, predictions, scores),
             }
             lines = [
                 {
-                    "inputs": inference.plain(example, model.vocabulary),
+                    "inputs": task_examples.plain(example, model.vocabulary),
                     "target": model.vocabulary.decode(example["targets"].tolist()),
                     "prediction": model.vocabulary.decode(prediction),
                 }
                 for example, prediction in zip(examples[:write_n_results], predictions, strict=False)
             ]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_text_atomic(folder / f"{task.name}-{predictor.step:06d}.jsonl", text)
-            log.write("inference_eval", predictor.step, {"task": task.name, **metrics})
+            write_text_atomic(folder / f"{task.name}-{checkpoint_step:06d}.jsonl", text)
+            log.write("inference_eval", checkpoint_step, {"task": task.name, **metrics})
             shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-            print(f"{task.name}, step {predictor.step}: {shown}", flush=True)
+            print(f"{task.name}, step {checkpoint_step}: {shown}", flush=True)
             results[task.name] = metrics
     return results
 

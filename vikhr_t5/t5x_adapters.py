@@ -129,9 +129,17 @@ class EncoderDecoderModel(state.EncoderDecoderModel):
     ) -> None:
         """Checks how the gin files want predictions; raises what we cannot give."""
         name = "EncoderDecoderModel.predict_batch_with_aux"
-        greedy = f"decoding is greedy, without beams: add --gin.{name}.num_decodes=1"
+        greedy = (
+            f"t5x's beam search scores lengths in its own way: add --gin.{name}.num_decodes=1, which is greedy, or use"
+            " inference.Decoding in a run file of ours"
+        )
         accept("predict_batch_with_aux.num_decodes", num_decodes, [1], greedy)
-        accept("predict_batch_with_aux.decoder_params", decoder_params, [None, {}], "remove it: decoding is greedy")
+        accept(
+            "predict_batch_with_aux.decoder_params",
+            decoder_params,
+            [None, {}],
+            "remove it, or use inference.Decoding in a run file of ours",
+        )
         accept("predict_batch_with_aux.return_all_decodes", return_all_decodes, [False], "there is one: remove it")
         accept("predict_batch_with_aux.prompt_with_targets", prompt_with_targets, [False], "remove it")
 

@@ -62,6 +62,12 @@ def read_lines(source: str | Sequence[str], field: str = "text") -> Iterator[str
                 yield from (line for _, line in _lines(file))
 
 
+def text_lines(source: str) -> Iterator[tuple[str, str]]:
+    """("file:line", line with its end) of the text files that a source names. UserError as `read_texts`."""
+    for file in source_files(source) or [source]:
+        yield from ((f"{file}:{number}", line) for number, line in _lines(file))
+
+
 def source_files(source: str) -> list[str]:
     """The files that a source names, sorted; none for a saved dataset or a hub name."""
     path = Path(source)
