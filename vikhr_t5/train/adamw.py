@@ -67,7 +67,7 @@ class AdamW:
             return Quantized(names, names) if self._in_8_bits(path, p) else names  # type: ignore[arg-type]
 
         moments = jax.tree_util.tree_map_with_path(moment, params, axes)
-        return optax.ScaleByAdamState(count=(), mu=moments, nu=moments)  # type: ignore[arg-type]
+        return optax.ScaleByAdamState(count=(), mu=moments, nu=moments)
 
     def _in_8_bits(self, path: tuple, p: Any) -> bool:
         fits = path[-1].key == "kernel" and block_size(p.shape[-1]) is not None

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.train.state import EncoderDecoderModel, TrainState
 
-Rules = Sequence[tuple[str, str | Sequence[str] | None]]
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 MESH_AXES = ("data", "fsdp", "tensor")
 STANDARD_RULES: Rules = (

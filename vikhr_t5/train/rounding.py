@@ -23,9 +23,8 @@ def round_stochastically(x: Array, key: Array) -> Array:
 def round_tree(tree: Any, key: Array) -> Any:
     """`round_stochastically` of each array of a tree, with draws of its own."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten(
-        round_stochastically(x, jax.random.fold_in(key, number)) for number, x in enumerate(leaves)
-    )
+    rounded = [round_stochastically(x, jax.random.fold_in(key, number)) for number, x in enumerate(leaves)]
+    return jax.tree.unflatten(structure, rounded)
 
 
 def apply_updates(params: Any, updates: Any, key: Array) -> Any:
