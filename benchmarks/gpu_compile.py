@@ -2,10 +2,11 @@
 
     pip install 'jax[cuda13]'                                   the compiler; no card and no driver are needed
     python benchmarks/gpu_compile.py --model xl --batch_size 64
-    python benchmarks/gpu_compile.py --model base --batch_size 128 --card a100 --attention plain
+    python benchmarks/gpu_compile.py --model base --batch_size 128 --card A100-80GB
+    python benchmarks/gpu_compile.py --batch_size 8 --inputs 1024 --attention_alone
 
-The step is that of gpu_step.py, whose other options hold here too. Memory is what XLA's buffer assignment adds up to:
-arguments, results that do not reuse them, and temporary buffers; libraries' workspaces come on top. Kernels are
+The step is that of gpu_step.py, whose other options hold here too; for a recipe's memory see `vikhr-t5 plan`. Memory is
+what XLA's buffer assignment adds up to: arguments, results that do not reuse them, and temporary buffers. Kernels are
 assembled by `ptxas`, which must be on the PATH (it comes with CUDA), and which states registers and spills.
 """
 
@@ -18,54 +19,68 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-CARDS = {  # capability, multiprocessors, shared memory a multiprocessor and a block, L2, memory and its bytes/s, GHz
-    "h100": ("9", "0", 132, 233472, 232448, 52428800, 84942979072, 3352320000000, 1.98, "NVIDIA H100 80GB HBM3"),
-    "a100": ("8", "0", 108, 167936, 166912, 41943040, 85050064896, 2039000000000, 1.41, "NVIDIA A100-SXM4-80GB"),
-    "rtx4090": ("8", "9", 128, 102400, 101376, 75497472, 25386352640, 1008000000000, 2.52, "NVIDIA GeForce RTX 4090"),
-}
+from vikhr_t5.devices import DeviceKind, parse_devices  # noqa: E402
+from vikhr_t5.errors import UserError  # noqa: E402
 
 
-def target(card: str) -> str:
-    """XLA's description of a card (GpuTargetConfigProto, text)."""
-    major, minor, cores, shared, shared_block, l2, memory, bandwidth, clock, name = CARDS[card]
-    accelerated = "feature_extension: ACCELERATED_FEATURES" if major == "9" else ""
-    return f"""
-    gpu_device_info {{
-      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: {cores}
-      shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared_block}
-      fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
-      cuda_compute_capability {{ major: {major} minor: {minor} {accelerated} }}
-      registers_per_core_limit: 65536 registers_per_block_limit: 65536
-      driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-      name: "{name}"
-    }}
-    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
-    """
-
-
-def compile_step(options: argparse.Namespace, dump: str) -> Any:
-    """The compiled step; XLA's PTX is left in `dump`."""
+def absent(kind: DeviceKind, dump: str) -> Any:
+    """One card to compile for; XLA's PTX is left in `dump`."""
     flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text=false --xla_gpu_autotune_level=0"
     os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
+    from vikhr_t5 import plan_compile
+
+    if not plan_compile.has_compiler(kind, 1):
+        print(f"XLA's CUDA compiler for {kind.name} is not installed here: pip install 'jax[cuda13]'", file=sys.stderr)
+        sys.exit(2)
+    return plan_compile.topology(kind, 1)[0]
+
+
+def compile_on(device: Any, function: Any, arguments: Any) -> Any:
+    """The compiled jitted function of arrays like `arguments`."""
+    import jax
+
+    here = jax.sharding.SingleDeviceSharding(device)
+    shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
+    return function.lower(*shaped).compile()
+
+
+def compile_step(options: argparse.Namespace, device: Any) -> Any:
     import jax
     from gpu_step import Ours
-    from jax.experimental import topologies
 
-    try:
-        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target(options.card))
-    except Exception as error:
-        print(f"XLA's CUDA compiler is not installed here ({error}): pip install 'jax[cuda13]'", file=sys.stderr)
-        sys.exit(2)
-    jax.default_backend = lambda: "gpu"  # by which ops.py chooses between a CPU's and an accelerator's form
-    here = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    from vikhr_t5.plan_compile import pretended
+
     options.side, options.variant = "vikhr-t5", options.remat_policy
-    ours = Ours(options)
-    arguments = (ours.model.abstract_state(), jax.eval_shape(ours.zero_sums), ours.batch, jax.random.key(0))
-    shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
-    return ours.step.lower(*shaped).compile()
+    with pretended([device]):
+        ours = Ours(options)
+        sums, key = jax.eval_shape(lambda: (ours.zero_sums(), jax.random.key(0)))
+        return compile_on(device, ours.step, (ours.model.abstract_state(), sums, ours.batch, key))
+
+
+def compile_attention(options: argparse.Namespace, device: Any, attention: str) -> Any:
+    """Self-attention of one layer's encoder, forward and backward."""
+    import jax
+    from gpu_step import t5_config
+
+    from vikhr_t5.model.attention import attention_between
+    from vikhr_t5.plan_compile import pretended
+
+    options.side, options.variant, options.attention = "", "", attention
+    config = t5_config(options)
+
+    def total(query: Any, key: Any, value: Any, table: Any, segments: Any) -> Any:
+        attend = attention_between(config, segments, segments)
+        return attend(query, key, value, attend.bias(table)).astype("float32").sum()
+
+    rows = (options.batch_size, options.inputs)
+    like = jax.ShapeDtypeStruct((*rows, config.num_heads, config.head_dim), config.dtype)
+    table, segments = ((config.num_heads, 32), "float32"), (rows, "int32")
+    arguments = (like, like, like, jax.ShapeDtypeStruct(*table), jax.ShapeDtypeStruct(*segments))
+    with pretended([device]):
+        return compile_on(device, jax.jit(jax.grad(total, (0, 1, 2, 3))), arguments)
 
 
 def kernels(dump: str, capability: str) -> list[str]:
@@ -73,7 +88,8 @@ def kernels(dump: str, capability: str) -> list[str]:
     found = set()
     for path in Path(dump).glob("*.ptx"):
         if name := re.search(r"\.entry _(\w+)_kernel\b", text := path.read_text(encoding="utf-8")):
-            command = ["ptxas", f"-arch={capability}", "-v", str(path), "-o", os.devnull]
+            architecture = f"sm_{capability.replace('.', '')}" + "a" * (capability == "9.0")
+            command = ["ptxas", f"-arch={architecture}", "-v", str(path), "-o", os.devnull]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
             assert registers, said
@@ -89,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="xl")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument("--card", default="H100-80GB", help="as `vikhr-t5 plan --devices` has them, Ampere or later")
     parser.add_argument("--inputs", type=int, default=512)
     parser.add_argument("--targets", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -98,20 +114,32 @@ def main() -> None:
     parser.add_argument("--dropout_rate", type=float, default=0.0)
     parser.add_argument("--attention", choices=("plain", "fused"), default="fused")
     parser.add_argument("--remat_policy", default="matmuls")
+    parser.add_argument("--attention_alone", action="store_true", help="one attention, plain and fused")
     options = parser.parse_args()
-    major, minor, *_, memory, _, _, name = CARDS[options.card]
+    try:
+        kind, _ = parse_devices(options.card)
+    except UserError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as dump:
-        needs = compile_step(options, dump).memory_analysis()
+        device = absent(kind, dump)
+        if options.attention_alone:
+            print(
+                f"one attention of {options.model}, {options.batch_size} x {options.inputs}, temporary memory;",
+                kind.name,
+            )
+            for attention in ("plain", "fused"):
+                needs = compile_attention(options, device, attention).memory_analysis()
+                print(f"{attention}: {needs.temp_size_in_bytes / 2**20:.0f} MiB")
+            return
+        needs = compile_step(options, device).memory_analysis()
         state, temporary = needs.argument_size_in_bytes, needs.temp_size_in_bytes
         more = needs.output_size_in_bytes - needs.alias_size_in_bytes
-        print(
-            f"t5 v1.1 {options.model}, batch {options.batch_size}, {options.remat_policy}, {options.attention}; {name}"
-        )
-        print(f"{(state + temporary + more) / 2**30:.1f} of {memory / 2**30:.1f} GiB:", end=" ")
+        print(f"{options.model}, batch {options.batch_size}, {options.remat_policy}, {options.attention}; {kind.name}")
+        print(f"{(state + temporary + more) / 2**30:.1f} of {kind.memory_gib} GiB:", end=" ")
         print(
             f"{state / 2**30:.1f} state and batch, {temporary / 2**30:.1f} temporary, {more / 2**30:.1f} other results"
         )
-        print(*kernels(dump, f"sm_{major}{minor}{'a' if major == '9' else ''}"), sep="\n")
+        print(*kernels(dump, kind.capability), sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ each with the largest of --batch_sizes that its memory takes, in a process of it
 A variant of ours is a remat policy; transformers runs with sdpa attention, compiled or eager, with or without gradient
 checkpointing. Seconds are of several steps on end with one synchronisation, the median of --repeats such runs, after
 steps that warm up. MFU counts what the model needs (`T5Config.flops_per_step`: no recomputation), against the data
-sheet's dense bfloat16 peak.
+sheet's dense bfloat16 peak. Each side starts from its own initial values, and so from another loss.
 """
 
 import argparse

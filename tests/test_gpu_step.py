@@ -31,7 +31,8 @@ def test_the_tiny_model_goes_through_both_sides():
         losses = [variant["loss"] for variant in result["sides"][side]]
         assert len(losses) == 2
         assert losses[0] == pytest.approx(losses[1], rel=0.01)  # recomputation changes no loss
-        assert 9 < losses[0] < 13, "far from log(32128) = 10.4"
+        # log(32128) is 10.4; transformers starts with an output layer of unit variance, and so from further away
+        assert 9 < losses[0] < {"vikhr-t5": 13, "transformers": 60}[side]
         for variant in result["sides"][side]:
             assert variant["batch_size"] == 4
             assert len(variant["seconds"]) == 2

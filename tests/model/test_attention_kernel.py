@@ -179,13 +179,10 @@ def test_the_train_step_of_xl_lowers_to_the_kernel_for_cuda(monkeypatch):
 
 PROGRAM = """
 import json
-import flax.linen as nn
 import jax, numpy as np
-from jax.sharding import AxisType
 from quick import quick_jit
-from random_params import enlarged_params
-from vikhr_t5.model.attention import FusedAttention
-from vikhr_t5.train.partitioning import STANDARD_RULES
+from vikhr_t5.model.attention import FusedAttention, PlainAttention
+from vikhr_t5.train.partitioning import Partitioner
 
 B, T, H, K = 8, 72, 4, 16
 rng = np.random.default_rng(0)
@@ -193,17 +190,19 @@ q, k, v, g = (rng.normal(size=(B, T, H, K)).astype(np.float32) for _ in range(4)
 table = rng.normal(size=(H, 32)).astype(np.float32)
 segments = np.repeat(1 + (np.arange(T)[None] >= 40), B, axis=0).astype(np.int32)
 
-def attend(q, k, v, table):
-    attention = FusedAttention(segments, segments, causal=True)
-    y, pull = jax.vjp(lambda q, k, v, table: attention(q, k, v, attention.bias(table)), q, k, v, table)
-    return y, *pull(g.reshape(y.shape))
+def differentiate(attention):
+    def attend(q, k, v, table):
+        y, pull = jax.vjp(lambda q, k, v, table: attention(q, k, v, attention.bias(table)), q, k, v, table)
+        return y, *pull(g.reshape(y.shape))
+    return attend
 
-alone = quick_jit(attend)(q, k, v, table)
+alone = quick_jit(differentiate(PlainAttention(segments, segments, True, True)))(q, k, v, table)
 found = {}
 for shape in ((2, 2, 2), (1, 1, 8)):
-    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(STANDARD_RULES):
-        sharded = quick_jit(attend)(q, k, v, table)
+    mesh = Partitioner(*shape)
+    attend = lambda *arguments: differentiate(FusedAttention(segments, segments, True))(*arguments)
+    shardings = (*[mesh.batch] * 3, mesh.replicated)
+    sharded = mesh.jit(attend, in_shardings=shardings, **quick_jit.keywords)(q, k, v, table)
     found["x".join(map(str, shape))] = {
         "error": max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(sharded, alone)),
         "held": sharded[1].addressable_shards[0].data.size / q.size,
