@@ -219,7 +219,8 @@ def ratios(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         for ours in (True, False)
     }
     pairs = {name: (f"ours {name.split()[1]}", name) for name in result if not name.startswith("ours")}
-    pairs["fastest"] = (fastest[True], fastest[False])
+    if (fastest[True], fastest[False]) not in pairs.values():
+        pairs["fastest"] = (fastest[True], fastest[False])
     answer = {}
     for label, (ours, theirs) in pairs.items():
         of_turns = [b / a for a, b in zip(result[ours]["turns"], result[theirs]["turns"], strict=True)]
