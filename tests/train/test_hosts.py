@@ -69,7 +69,8 @@ def started(
     }
     parents = []
     for index in range(present or count):
-        own = {name: value[index] if isinstance(value, list) else value for name, value in arguments.items()}
+        each = {"stats_period": 1, **arguments}  # a line for each step, whatever the step that a run stops at
+        own = {name: value[index] if isinstance(value, list) else value for name, value in each.items()}
         command = [sys.executable, TESTS / "tiny_hosts.py", run_dir, json.dumps(own)]
         command += [f"--coordinator_address={address}", f"--process_count={count}", f"--process_index={index}"]
         command += [f"--initialization_timeout={timeout}"]
@@ -124,7 +125,7 @@ def same_params(a: Path, b: Path) -> bool:
 def whole(tmp_path_factory) -> Path:
     """The run of one process, without interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    run(folder, STEPS)
+    run(folder, STEPS, stats_period=1)
     return folder
 
 
@@ -142,7 +143,7 @@ def test_one_of_two_is_killed_and_one_process_goes_on(whole, tmp_path):
     assert word.startswith("tiny: host 0: another host ended or no longer answers (")
     assert word.endswith("run the same command on all hosts to go on from the newest checkpoint")
     assert max(line["step"] for line in lines(tmp_path, "train")) < STEPS
-    assert run(tmp_path, STEPS) == STEPS
+    assert run(tmp_path, STEPS, stats_period=1) == STEPS
     assert_continues_as(tmp_path, whole)
 
 
@@ -158,7 +159,7 @@ def test_the_coordinator_is_killed(whole, tmp_path):
     assert status == 1
     assert word.startswith("tiny: ")
     assert "ended or no longer answers" in word
-    run(tmp_path, STEPS)
+    run(tmp_path, STEPS, stats_period=1)
     assert_continues_as(tmp_path, whole)
 
 
@@ -176,17 +177,17 @@ def test_four_processes_on_any_mesh(whole, tmp_path, mesh):
 @pytest.mark.slow
 def test_a_signal_to_one_of_four_stops_all_and_two_or_one_go_on(whole, tmp_path):
     """Then two processes of two devices, then one of one: other meshes each time."""
-    with started(tmp_path, 4, total_steps=STEPS, mesh=(2, 2, 1), slow=0.4, period=1000) as processes:
-        wait_for_step(tmp_path, 2, processes)
+    with started(tmp_path, 4, total_steps=STEPS, mesh=(2, 2, 1), slow=1.0, period=1000) as processes:
+        wait_for_step(tmp_path, 1, processes)
         processes[2].parent.send_signal(signal.SIGTERM)
         ends = [host.end(200) for host in processes]
     assert [status for status, _ in ends] == [0] * 4
     (stopped,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
-    assert stopped < STEPS
+    assert stopped < STEPS - 1
     assert ends[0][1] == f"SIGTERM: saved step {stopped} of {STEPS}; run the same command to go on"
     with started(tmp_path, 2, devices=2, total_steps=STEPS - 1, mesh=(1, 2, 2)) as processes:
         assert [host.end(200)[0] for host in processes] == [0] * 2
-    run(tmp_path, STEPS)
+    run(tmp_path, STEPS, stats_period=1)
     found = figures(tmp_path)
     for name, value in figures(whole).items():
         assert found.get(name, value) == pytest.approx(value, rel=TOLERANCE), name
