@@ -199,15 +199,20 @@ def test_a_checkout_is_found_before_our_files(folder):
     assert launch._reading.find("t5x/configs/runs/pretrain.gin").is_relative_to(T5X)
 
 
-def test_fine_tuning_says_what_it_does_not_evaluate(folder, capfd):
+def test_fine_tuning_measures_generated_text(folder, capfd):
     write("b.gin", RUN.replace("pretrain.gin", "finetune.gin"))
     arguments = resolve("INITIAL_CHECKPOINT_PATH='somewhere'", files=["b.gin"])
     assert arguments["checkpoint_cfg"].restore.path == "somewhere"
     assert arguments["trainer"].learning_rate_fn(5) == pytest.approx(0.001)
+    assert arguments["infer_eval_examples"] is None  # all, t5x's default
+    few = ["INITIAL_CHECKPOINT_PATH='somewhere'", "EVALUATOR_NUM_EXAMPLES=8"]
+    assert resolve(*few, files=["b.gin"])["infer_eval_examples"] == 8
+    assert not capfd.readouterr().err
+    other = resolve(*few, "infer_eval/utils.DatasetConfig.split='test'", files=["b.gin"])
+    assert other["infer_eval_examples"] == 0
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("infer_eval_dataset_cfg: seqio's metrics")
+    assert line.startswith("infer_eval_dataset_cfg: generated text is measured on the examples of train_eval_dataset")
     assert "vikhr-t5 eval" in line
-    assert {"seqio.Evaluator", "seqio.JSONLogger"} <= set(launch.idle())
 
 
 def test_evaluation_and_inference(folder):
@@ -230,6 +235,8 @@ def test_evaluation_and_inference(folder):
     assert arguments["dataset_cfg"].task_feature_lengths is None
     assert (arguments["dataset_cfg"].module, arguments["dataset_cfg"].split) == ("private.tasks", "validation")
     assert (arguments["restore_checkpoint_cfg"].path, arguments["dtype"]) == ("run/checkpoints/2", "float32")
+    every = resolve("utils.RestoreCheckpointConfig.mode='all'", files=["e.gin"], function=eval_script.evaluate)
+    assert (arguments["restore_checkpoint_cfg"].mode, every["restore_checkpoint_cfg"].mode) == ("latest", "all")
     infer = head.format("infer") + "INFER_OUTPUT_DIR = 'out'\n        infer_script.infer.mode = 'score'\n"
     write("i.gin", infer + "        TASK_FEATURE_LENGTHS = {'inputs': 24, 'targets': 12}\n")
     arguments = resolve("infer_script.infer.num_shards=3", files=["i.gin"], function=infer_script.infer)

@@ -56,6 +56,7 @@ class TinyDataset:
         self.batch_size = self.config.batch_size
         self.lengths = (self.config.task_feature_lengths["inputs"], self.config.task_feature_lengths["targets"])
         self.seen: list[int] = []
+        self.metrics: dict[str, Any] = {}  # no task has metric functions
 
     def batches(self, start_step=0, rows=slice(None), num_steps=None) -> Iterator[dict[str, np.ndarray]]:
         for step in range(start_step, start_step + num_steps):

@@ -73,7 +73,7 @@ def by_source(run: Run, metric: str, unit: str) -> dict[str, Any]:
     """The chart of a metric in one run: all sources together in ink, each of them, and evaluations dashed."""
     sources = charted(run)
     measured = [name.removeprefix(f"{metric}/") for table in run.evals.values() for name in table.names(f"{metric}/")]
-    series = []
+    series: list[dict[str, Any]] = []
     for slot, source in [(-1, ""), *enumerate(dict.fromkeys([*sources, *(measured if metric not in FORCED else ())]))]:
         name = f"{metric}/{source}" if source else metric
         series += _curves(run, name, short(source, sources) or "all", slot)

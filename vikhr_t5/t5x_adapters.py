@@ -23,6 +23,7 @@ from vikhr_t5.train.optax_optimizer import OptaxOptimizer
 from vikhr_t5.train.schedules import Schedule
 
 NEVER = 10**12  # steps
+ONE_CHECKPOINT = "give one checkpoint, with mode = 'specific'"
 
 
 # ---- vocabularies ----------------------------------------------------------------------------------------------------
@@ -371,10 +372,11 @@ def RestoreCheckpointConfig(
     state_transformation_fns: Sequence[Any] = (),
     checkpoint_manager_cls: Any = None,
 ) -> Restore | None:
-    """t5x's; None where there is no path: fresh parameters. 'specific' and 'latest' both find what a path means."""
+    """t5x's; None where there is no path: fresh parameters. 'specific' and 'latest' both find what a path means; 'all'
+    is for `evaluate`."""
     name = "RestoreCheckpointConfig"
     convert = "change the checkpoint first, with `vikhr-t5 convert`"
-    accept(f"{name}.mode", mode, ["specific", "latest"], "give one checkpoint, with mode = 'specific'")
+    accept(f"{name}.mode", mode, ["specific", "latest", *(["all"] if path else [])], ONE_CHECKPOINT)
     accept(f"{name}.assignment_map", assignment_map, [None, (), []], convert)
     accept(f"{name}.strict", strict, [True], convert)
     accept(f"{name}.fallback_to_scratch", fallback_to_scratch, [False], convert)
@@ -388,7 +390,7 @@ def RestoreCheckpointConfig(
     if not paths or not paths[0]:
         return None
     flag = f"or give a local copy: --gin.{name}.path=\"'/path/to/checkpoint'\""
-    return Restore(local_copy(paths[0], flag), dtype=dtype)
+    return Restore(local_copy(paths[0], flag), mode="all" if mode == "all" else "latest", dtype=dtype)
 
 
 @stands_for(checkpoints.CheckpointConfig)

@@ -10,7 +10,7 @@ from typing import Any
 from vikhr_t5 import eval as eval_script
 from vikhr_t5 import infer as infer_script
 from vikhr_t5.data import pipeline
-from vikhr_t5.t5x_adapters import NEVER, EncoderDecoderModel, Restore, TerminateOnNanAction
+from vikhr_t5.t5x_adapters import NEVER, ONE_CHECKPOINT, EncoderDecoderModel, Restore, TerminateOnNanAction
 from vikhr_t5.t5x_refusals import Refusal, accept, accept_stand_in, say, stands_for
 from vikhr_t5.train import checkpoints, loop, partitioning, state, step
 
@@ -101,15 +101,20 @@ def train(
                 "DatasetConfig.task_feature_lengths", None, "training needs lengths: set TASK_FEATURE_LENGTHS"
             )
     restore = checkpoint_cfg.restore
+    _check_one(restore)
     if isinstance(restore, Restore) and restore.dtype not in (None, "float32"):
         raise Refusal("RestoreCheckpointConfig.dtype", restore.dtype, "parameters are trained in float32")
-    if infer_eval_dataset_cfg is not None:
-        say(
-            "infer_eval_dataset_cfg: seqio's metrics of generated text are not computed during training yet; the"
-            " evaluation has loss, accuracy and decoded samples. Afterwards: vikhr-t5 eval --gin_file=runs/eval.gin"
-        )
     if not eval_period or eval_period < 1:
         train_eval_dataset_cfg = None
+    infer_eval_examples: int | None = 0
+    if infer_eval_dataset_cfg is not None:
+        infer_eval_examples = (inference_evaluator_cls or Evaluator)().num_examples
+        if not _same_examples(infer_eval_dataset_cfg, train_eval_dataset_cfg):
+            infer_eval_examples = 0
+            say(
+                "infer_eval_dataset_cfg: generated text is measured on the examples of train_eval_dataset_cfg, and"
+                " these are others: not during training. Afterwards: vikhr-t5 eval --gin_file=runs/eval.gin"
+            )
     return {
         "model": model,
         "train_dataset_cfg": train_dataset_cfg,
@@ -122,9 +127,14 @@ def train(
         "relative_steps": relative_steps,
         "eval_steps": eval_steps,
         "eval_period": eval_period or NEVER,
+        "infer_eval_examples": infer_eval_examples,
         "stats_period": stats_period or eval_period or 100,
         "random_seed": random_seed,
     }
+
+
+def _same_examples(one: pipeline.DatasetConfig, other: pipeline.DatasetConfig | None) -> bool:
+    return other is not None and (one.mixture_or_task_name, one.split) == (other.mixture_or_task_name, other.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +154,11 @@ def Evaluator(
     accept("Evaluator.target_field_name", target_field_name, ["targets"], "targets are 'targets'")
     limits = [logger() for logger in logger_cls if logger.__name__ == "JSONLogger"]
     return _EvaluatorSettings(num_examples, limits[0] if limits else None)
+
+
+def _check_one(restore: checkpoints.RestoreCheckpointConfig | None) -> None:
+    if restore is not None and restore.mode == "all":
+        raise Refusal("RestoreCheckpointConfig.mode", restore.mode, ONE_CHECKPOINT)
 
 
 def _restored(restore_checkpoint_cfg: checkpoints.RestoreCheckpointConfig | None) -> dict[str, Any]:
@@ -233,6 +248,7 @@ def infer(
     accept(f"{name}.output_vocab_feature_name", output_vocab_feature_name, ["targets"], "targets are 'targets'")
     accept(f"{name}.file_extension", file_extension, ["jsonl"], "results are JSON lines")
     accept(f"{name}.keep_aux_as_numpy", keep_aux_as_numpy, [False], "remove it")
+    _check_one(restore_checkpoint_cfg)
     if mode == "predict":
         _check_decoding(model)
     return {

@@ -10,6 +10,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 from vikhr_t5.packages import OWN
 
@@ -35,7 +36,8 @@ def preprocessing_digest(path: Path) -> str:
     lines = list(itertools.accumulate(map(len, source.splitlines(keepends=True)), initial=0))
     kept, position = bytearray(), 0
     for node in sorted(filter(_of_metrics, ast.walk(tree)), key=lambda node: (node.lineno, node.col_offset)):
-        start, end = lines[node.lineno - 1] + node.col_offset, lines[node.end_lineno - 1] + node.end_col_offset
+        start = lines[node.lineno - 1] + node.col_offset
+        end = lines[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0)
         if isinstance(node, ast.keyword):  # goes with the comma before it
             start = len(re.sub(rb",?\s*\Z", b"", source[:start]))
         else:  # goes with its line
@@ -45,7 +47,7 @@ def preprocessing_digest(path: Path) -> str:
     return hashlib.sha256(kept + source[position:]).hexdigest()
 
 
-def _of_metrics(node: ast.AST) -> bool:
+def _of_metrics(node: ast.AST) -> TypeGuard[ast.keyword | ast.Import | ast.ImportFrom]:
     if isinstance(node, ast.keyword):
         return node.arg == "metric_fns"
     if isinstance(node, ast.ImportFrom):

@@ -61,15 +61,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: `path` does not exist, or has no whole checkpoint; says what is wrong with the newest.
     """
-    folder = Path(path).expanduser().absolute()
-    if not folder.is_dir():
-        raise UserError(f"checkpoint {path}: no such folder")
-    if (folder / MANIFEST).is_file() or folder.name.isdigit():
-        candidates = [folder]
-    else:
-        candidates = steps(folder / "checkpoints") or steps(folder)
     reasons: list[str] = []
-    for candidate in candidates:
+    for candidate in _candidates(path):
         reason = defect(candidate)
         if reason is None:
             if reasons:
@@ -79,3 +72,23 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     raise UserError(
         reasons[0] if reasons else f"{path} holds no checkpoint: give a run folder or a checkpoint's folder"
     )
+
+
+def find_checkpoints(path: str | os.PathLike[str]) -> list[Path]:
+    """All whole checkpoints meant by `path`, the oldest first; says which are not. Raises as `find_checkpoint`."""
+    defects = {candidate: defect(candidate) for candidate in reversed(_candidates(path))}
+    whole = [candidate for candidate, reason in defects.items() if reason is None]
+    for candidate, reason in defects.items() if whole else ():
+        if reason:
+            print(f"checkpoint {candidate} is not whole ({reason}): left out", file=sys.stderr)
+    return whole or [find_checkpoint(path)]
+
+
+def _candidates(path: str | os.PathLike[str]) -> list[Path]:
+    """The newest first."""
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"checkpoint {path}: no such folder")
+    if (folder / MANIFEST).is_file() or folder.name.isdigit():
+        return [folder]
+    return steps(folder / "checkpoints") or steps(folder)

@@ -19,7 +19,7 @@ import numpy as np
 from vikhr_t5.data.vocabulary import AnyVocabulary, vocabulary_files, vocabulary_record
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import system_error
-from vikhr_t5.train.checkpoint_files import defect, seal, steps
+from vikhr_t5.train.checkpoint_files import defect, find_checkpoint, find_checkpoints, seal, steps
 from vikhr_t5.train.state import EncoderDecoderModel, TrainState
 
 _CHUNK_BYTES = 2**26
@@ -57,15 +57,40 @@ class SaveCheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RestoreCheckpointConfig:
-    """Where a new run starts from.
+    """Where a new run starts from, or what is evaluated.
 
     Args:
       path: a run folder (its newest whole checkpoint) or one checkpoint's folder; None: fresh parameters.
       reset_optimizer: take the parameters and the step, and start the optimizer anew.
+      mode: "latest", or "all" checkpoints of the folder, which `vikhr-t5 eval` evaluates one by one (t5x's word).
     """
 
     path: str | None = None
     reset_optimizer: bool = False
+    mode: str = "latest"
+
+    def __post_init__(self) -> None:
+        if self.mode not in (known := ("latest", "all")):
+            raise UserError(f"RestoreCheckpointConfig.mode {self.mode!r} is unknown ({nearest(self.mode, known)})")
+
+    def one(self) -> Path:
+        """The one checkpoint of the path.
+
+        Raises:
+          UserError: all are asked for, or there is no whole one.
+        """
+        if self.mode == "all":
+            raise UserError("RestoreCheckpointConfig.mode 'all' is for `vikhr-t5 eval`; here one is read: 'latest'")
+        return find_checkpoint(self._given())
+
+    def each(self) -> list[Path]:
+        """The checkpoints that `mode` says, the oldest first. UserError where there is none."""
+        return find_checkpoints(self._given()) if self.mode == "all" else [self.one()]
+
+    def _given(self) -> str:
+        if self.path is None:
+            raise UserError("no checkpoint to read: set CHECKPOINT_PATH")
+        return self.path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Evaluation during training: teacher-forced loss and accuracy per source, and a few decoded examples as text.
+"""Evaluation during training: teacher-forced loss and accuracy per source, metrics of generated text, and a few decoded
+examples as text.
 
 B batch, S source length, T target length.
 """
@@ -11,7 +12,10 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from vikhr_t5.data.pipeline import Dataset
+from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.model import decoding
+from vikhr_t5.train.checkpoints import SaveCheckpointConfig
+from vikhr_t5.train.generation import GenerativeEvaluator
 from vikhr_t5.train.losses import loss_normalizer
 from vikhr_t5.train.metrics import summarize
 from vikhr_t5.train.partitioning import Partitioner
@@ -27,6 +31,7 @@ class Evaluator:
       num_batches: batches of an evaluation; the whole dataset where it has fewer. None: the whole dataset.
       num_samples: examples decoded greedily, from as many sources as there are.
       param_shardings: of the parameters.
+      infer_eval_examples: of each task with metric functions, decoded for these; None: all, 0: none.
     """
 
     def __init__(
@@ -37,11 +42,15 @@ class Evaluator:
         num_batches: int | None,
         num_samples: int,
         param_shardings: Any,
+        infer_eval_examples: int | None = 0,
     ):
         self.model, self.partitioner, self.dataset = model, partitioner, dataset
         self.num_batches, self.num_samples = num_batches, num_samples
         self.name = dataset.config.mixture_or_task_name
         partitioner.check_batch_size(dataset.batch_size)
+        self.generative = None
+        if infer_eval_examples != 0:
+            self.generative = GenerativeEvaluator(model, partitioner, dataset, infer_eval_examples)
 
         def add(params: Any, sums: Sums, batch: Batch) -> Sums:
             weights = loss_normalizer(None, batch).weights
@@ -57,13 +66,28 @@ class Evaluator:
         )
 
     def metrics(self, params: Any) -> dict[str, float]:
-        """Per target token: loss, accuracy, z_loss; and of each source: loss/<source>, accuracy/<source>."""
+        """Per target token: loss, accuracy, z_loss; and of each source: loss/<source>, accuracy/<source>. And those of
+        `GenerativeEvaluator`."""
         sums = jax.device_put(zero_sums(len(self.dataset.source_names)), self.partitioner.replicated)
         rows = self.partitioner.process_rows(self.dataset.batch_size)
         for batch in self.dataset.eval_batches(self.num_batches, rows):
             sums = self._add(params, sums, self.partitioner.put_batch(batch, self.dataset.batch_size))
             jax.block_until_ready(sums)  # several fake CPU devices deadlock when the host runs far ahead
-        return summarize(jax.device_get(sums), self.dataset.source_names)
+        generated = self.generative.metrics(params) if self.generative else {}
+        return {**summarize(jax.device_get(sums), self.dataset.source_names), **generated}
+
+    def check_best(self, save: SaveCheckpointConfig) -> None:
+        """UserError where `save.best_metric` is none that `metrics` may give."""
+        sources = self.dataset.source_names
+        sums = jax.device_get(zero_sums(len(sources)))
+        known = summarize({**sums, "source_weight": np.ones(len(sources) + 1)}, sources)
+        names = [*known, *(self.generative.names if self.generative else ())]
+        if save.best_metric and save.best_metric not in names:
+            generated = "" if self.generative else "; metrics of generated text need loop.train.infer_eval_examples"
+            raise UserError(
+                f"SaveCheckpointConfig.best_metric {save.best_metric!r} is no metric of this evaluation"
+                f" ({nearest(save.best_metric, names)}){generated}"
+            )
 
     def samples(self, params: Any) -> list[dict[str, str]]:
         """The first examples of the dataset, one of each source before a second of any: as text, with predictions."""

@@ -14,6 +14,7 @@ from vikhr_t5 import hosts
 from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
+from vikhr_t5.packages import require
 from vikhr_t5.progress import Progress, human
 from vikhr_t5.train import checkpoints, metrics
 from vikhr_t5.train.checkpoints import CheckpointConfig, Checkpoints
@@ -45,8 +46,10 @@ def train(
     eval_period: int = 1000,
     stats_period: int = 100,
     num_samples: int = 4,
+    infer_eval_examples: int | None = 0,
     random_seed: int | None = None,
     relative_steps: int | None = None,
+    wandb_project: str | None = None,
     profile_steps: int = 0,
     config_text: str = "",
 ) -> int:
@@ -59,8 +62,11 @@ def train(
       eval_period: steps between evaluations; the last step is always evaluated.
       stats_period: steps between lines of metrics; each evaluation and each checkpoint has one before it, too.
       num_samples: evaluation examples that are decoded to text at each evaluation.
+      infer_eval_examples: the first so many evaluation examples of each task that has metric functions are decoded
+        greedily at each evaluation, and these computed; None: all, 0: none.
       random_seed: of the fresh parameters and of dropout; None draws one.
       relative_steps: instead of `total_steps`: updates after the checkpoint that the run starts from.
+      wandb_project: of Weights & Biases, where metrics go, too; None: nowhere else.
       profile_steps: steps to trace into `profile` in the run folder, from the third on.
       config_text: the gin configuration; goes into the run folder and into every checkpoint.
 
@@ -70,6 +76,8 @@ def train(
     Raises:
       UserError: whatever the person who launched the run can mend. NonFiniteLoss is one.
     """
+    if wandb_project:
+        require("wandb", "wandb")
     use_compilation_cache()
     folder = Path(model_dir).expanduser().absolute()
     partitioner.check_batch_size(train_dataset_cfg.batch_size, trainer.num_microbatches or 1)
@@ -82,8 +90,10 @@ def train(
     hosts.agreed(dataset.fingerprint, "the data (the token store, or the configuration)")
     evaluator = None
     if eval_dataset is not None:
-        evaluator = Evaluator(model, partitioner, eval_dataset, eval_steps, num_samples, shardings.params)
-
+        evaluator = Evaluator(
+            model, partitioner, eval_dataset, eval_steps, num_samples, shardings.params, infer_eval_examples
+        )
+        evaluator.check_best(checkpoint_cfg.save)
     if checkpoint_cfg.save.best_metric and (evaluator is None or checkpoint_cfg.save.period % eval_period):
         raise UserError(
             f"SaveCheckpointConfig.best_metric needs an evaluation at each checkpoint: make its period"
@@ -136,7 +146,7 @@ def train(
     )
     run_step = jitted.lower(state, sums, batch, dropout_key).compile()
 
-    log = metrics.MetricsLog(folder, step)
+    log = metrics.MetricsLog(folder, step, wandb_project, config_text)
     about = dict(origin=origin, total_steps=total_steps, parameters=model.config.param_count(), peak=peak_source)
     began, started = step, time.perf_counter()
     in_flight: collections.deque[jax.Array] = collections.deque()

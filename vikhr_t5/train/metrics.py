@@ -1,4 +1,4 @@
-"""Metrics: from the device's sums to numbers, and from numbers to metrics.jsonl and TensorBoard.
+"""Metrics: from the device's sums to numbers, and from numbers to metrics.jsonl, TensorBoard and Weights & Biases.
 
 A name that t5x also logs has t5x's name in TensorBoard; in metrics.jsonl the names are short.
 """
@@ -23,6 +23,7 @@ import psutil
 from vikhr_t5.devices import data_sheet_tflops
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import keep_lines_up_to
+from vikhr_t5.train.wandb_log import WandbLog
 
 T5X_NAMES = {
     "loss": "loss_per_nonpadding_target_token",
@@ -125,21 +126,26 @@ def memory_gib() -> float:
 
 
 class MetricsLog:
-    """metrics.jsonl and samples.jsonl of a run folder, and TensorBoard events as t5x lays them out.
+    """metrics.jsonl and samples.jsonl of a run folder, and TensorBoard events as t5x lays them out; by option, W&B.
 
     A resumed run first drops the lines past the step that it resumes from, so each step stands once.
 
     Args:
       folder: the run folder. step: where the run stands.
+      wandb_project: see `wandb_log`; None: nothing goes there.
+      config_text: the gin configuration, for it.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, wandb_project: str | None = None, config_text: str = ""):
         self.folder = folder
         self.resumed_from = step
         self._writers: dict[str, Any] = {}
         self._writes = jax.process_index() == 0  # of several hosts, one
         for name in ("metrics.jsonl", "samples.jsonl") if self._writes else ():
             keep_lines_up_to(folder / name, step)
+        self._wandb = None
+        if wandb_project and self._writes:
+            self._wandb = WandbLog(folder, wandb_project, {"gin": config_text})
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One line; the numbers of "train", "eval" and "inference_eval" go to TensorBoard, too (an evaluation's folder
@@ -159,6 +165,8 @@ class MetricsLog:
             prefix = "eval/" if kind == "inference_eval" else ""  # t5x's
             named = {prefix + T5X_NAMES.get(name, name): value for name, value in numbers.items()}
             self._tensorboard(folder, step, named)
+            if self._wandb:
+                self._wandb.write(step, {f"{folder}/{name}": value for name, value in named.items()})
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Lines of samples.jsonl: {"step", "task", "input", "target", "prediction"}. The first is shown on stderr."""
@@ -172,6 +180,8 @@ class MetricsLog:
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
+        if self._wandb:
+            self._wandb.close(failed=sys.exc_info()[0] is not None)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import jax
 from vikhr_t5 import hosts
 from vikhr_t5.errors import UserError
 from vikhr_t5.train import checkpoints
-from vikhr_t5.train.checkpoint_files import defect, find_checkpoint
+from vikhr_t5.train.checkpoint_files import defect
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
 from vikhr_t5.train.state import EncoderDecoderModel, TrainState
 
@@ -43,8 +43,8 @@ def starting_state(
         return state, progress, f"resumed from {path}"
     seed = hosts.once(lambda: secrets.randbits(31) if random_seed is None else random_seed, "drawing a seed")
     if initial is not None and initial.path is not None:
-        start = initial.path
-        path = _seen(Path(hosts.once(lambda: os.fspath(find_checkpoint(start)), "finding the initial checkpoint")))
+        start = initial
+        path = _seen(Path(hosts.once(lambda: os.fspath(start.one()), "finding the initial checkpoint")))
         checkpoints.check_vocabulary(path, model.vocabulary)
         state, saved = checkpoints.restore(path, like, initial.reset_optimizer)
         if state.opt_state is None:
