@@ -128,6 +128,7 @@ class Theirs:
         )  # fmt: skip
         config._attn_implementation = "sdpa"
         torch.set_float32_matmul_precision("high")
+        torch.manual_seed(0)
         with torch.device(self.device):
             model = T5ForConditionalGeneration(config)
         head = model.lm_head.weight.detach().clone()  # transformers 5 ties it whatever the configuration says
