@@ -3,8 +3,8 @@
     python tests/mesh_equality.py 2x2x2 some|every
 
 The reference is one device with everything plain: layers one by one, nothing recomputed, the whole loss, one batch.
-Prints a line of JSON for each way: "loss": relative error; "gradients": the largest over arrays of |error| / |reference|;
-"lost": bytes of donated buffers that the result does not take over.
+Prints a line of JSON for each way: "loss": relative error; "gradients": the largest over arrays of
+|error| / |reference|; "lost": bytes of donated buffers that the result does not take over.
 """
 
 import contextlib

@@ -158,7 +158,7 @@ def _t5_page(model: Playground, name: str) -> gr.Blocks:
         said = _token_view("Tokens of the answer")
         outputs = [output, asked, asked_count, said, said_count]
         inputs = [text, mode, length, temperature, top_k, top_p, seed]
-        events = [
+        events: list[Any] = [
             trigger(answer, inputs, outputs, api_name=api)
             for trigger, api in ((go.click, "answer"), (text.submit, None))
         ]
@@ -212,7 +212,7 @@ def _chat_page(chat: Chat, name: str) -> gr.Blocks:
             top_k = gr.Slider(0, 200, value=40, step=1, label="Top k", info="0: all")
             top_p = gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top p")
         inputs, outputs = [text, window, length, temperature, top_k, top_p], [window, text, count]
-        events = [
+        events: list[Any] = [
             trigger(answer, inputs, outputs, api_name=api)
             for trigger, api in ((go.click, "answer"), (text.submit, None))
         ]

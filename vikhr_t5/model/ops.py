@@ -244,9 +244,9 @@ def _over_batch(
         results, summand = function(*arguments)
         return results, None if summand is None else summand.sum(axis=0)
 
-    def row(total: Array | None, values: Sequence[Array]) -> tuple[Array | None, list[Array]]:
+    def row(total: Array | None, values: Sequence[Array]) -> tuple[Array | None, tuple]:
         results, summand = function(*values)
-        return None if total is None or summand is None else total + summand, [_to_bits(x) for x in results]
+        return None if total is None or summand is None else total + summand, tuple(map(_to_bits, results))
 
     total, results = lax.scan(row, zero, tuple(arguments))
     return tuple(_from_bits(x) for x in results), total
