@@ -8,7 +8,8 @@ import pytest
 from tiny_run import run, tiny_model
 
 from vikhr_t5 import eval as eval_script
-from vikhr_t5 import inference, task_examples
+from vikhr_t5 import infer as infer_script
+from vikhr_t5 import inference, launch, task_examples
 from vikhr_t5.data.pipeline import DatasetConfig
 from vikhr_t5.errors import UserError
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
@@ -81,6 +82,17 @@ def test_all_checkpoints_once_and_the_best(evaluate, tmp_path, capfd, monkeypatc
     # Nothing is left to do, and no checkpoint is read; another configuration is another evaluation.
     monkeypatch.setattr(inference, "restored_params", None)
     assert evaluate() == {step: {"copy": pytest.approx(found["copy"], rel=1e-6)} for step, found in every.items()}
+
+
+@pytest.mark.parametrize(
+    ("command", "function"), [("eval", eval_script.evaluate), ("infer", infer_script.infer)], ids=["eval", "infer"]
+)
+def test_the_checkpoint_is_the_one_given_not_the_one_that_a_fine_tuning_run_started_from(command, function):
+    given = ["MODEL=None", "CHECKPOINT_PATH='tuned'", "INITIAL_CHECKPOINT_PATH='before'"]
+    given += [f"{command.upper()}_OUTPUT_DIR='out'", "RestoreCheckpointConfig.mode='all'"]
+    launch.load([f"runs/{command}.gin", "recipes/demo_finetune.gin"], given)
+    restore = launch.arguments(function, supplied=["config_text"])["restore_checkpoint_cfg"]
+    assert (restore.path, restore.mode) == ("tuned", "all")
 
 
 def test_another_configuration_is_evaluated_anew(evaluate, tmp_path, capfd):

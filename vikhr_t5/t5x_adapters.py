@@ -131,8 +131,8 @@ class EncoderDecoderModel(state.EncoderDecoderModel):
         """Checks how the gin files want predictions; raises what we cannot give."""
         name = "EncoderDecoderModel.predict_batch_with_aux"
         greedy = (
-            f"t5x's beam search scores lengths in its own way: add --gin.{name}.num_decodes=1, which is greedy, or use"
-            " inference.Decoding in a run file of ours"
+            "t5x's beam search scores lengths in its own way; use inference.Decoding in a run file of ours, or decode"
+            f" greedily: add --gin.{name}.num_decodes=1"
         )
         accept("predict_batch_with_aux.num_decodes", num_decodes, [1], greedy)
         accept(
