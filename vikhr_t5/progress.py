@@ -37,9 +37,7 @@ class Progress:
         shown: False counts in silence (all processes of a run but one).
     """
 
-    def __init__(
-        self, description: str, total: float | None, unit: str = "steps", done: float = 0, shown: bool = True
-    ):
+    def __init__(self, description: str, total: float | None, unit: str = "steps", done: float = 0, shown: bool = True):
         self.description, self.total, self.unit, self.done = description, total, unit, done
         self._first, self._start = done, time.monotonic()
         self._last_line, self._note, self._shown = self._start, "", shown

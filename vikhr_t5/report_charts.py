@@ -123,7 +123,7 @@ def _wide(title: str, note: str, unit: str, series: list[dict[str, Any]]) -> dic
 
 def of_all(lanes: Sequence[Sequence[Run]], chart: Small) -> dict[str, Any] | None:
     """A chart over all runs; None where none has the metric. A lane is the stages of one model, joined to one curve."""
-    series = []
+    series: list[dict[str, Any]] = []
     for lane in lanes:
         for metric, name in chart.names.items():
             axes = np.concatenate([run.train_axes for run in lane], axis=1)
