@@ -245,7 +245,7 @@ def within_chance(result, errors=3.0):
     return abs(result.value - chance) < errors * deviation
 
 
-@pytest.mark.parametrize("shots", [0, 5])
+@pytest.mark.parametrize("shots", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_random_models_score_chance(shots, data_dir, t5, mistral):
     models = [model_of(t5), model_of(mistral)]
     results = benchmark.benchmark(models, ACCURACIES, data_dir=data_dir, num_fewshot=shots, batch_size=32)

@@ -18,7 +18,7 @@ from conversion import convert, verify
 from conversion.huggingface import HuggingFaceModel
 from conversion.stored import MemoryModel, arrays, load
 from conversion.vikhr import Checkpoint
-from vikhr_t5 import cli
+from vikhr_t5.cli_gin import readable_checkpoint
 from vikhr_t5.errors import UserError
 from vikhr_t5.train import checkpoints
 from vikhr_t5.train.state import TrainState
@@ -101,13 +101,13 @@ def test_a_run_starts_from_any_format(make_model: Make, tmp_path: Path, source: 
 def test_a_run_goes_on_without_the_checkpoint_that_it_began_with(make_model: Make, tmp_path: Path) -> None:
     model, restore = make_model("v1.1"), checkpoints.RestoreCheckpointConfig(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="no such folder"):
-        cli._readable(restore, str(tmp_path / "run"), model)
+        readable_checkpoint(restore, str(tmp_path / "run"), model)
     own = tmp_path / "run" / "checkpoints" / "1000"
     convert.write_model(model, own, "vikhr")
-    assert cli._readable(restore, str(tmp_path / "run"), model) == restore
+    assert readable_checkpoint(restore, str(tmp_path / "run"), model) == restore
     (own / "progress.json").unlink()
     with pytest.raises(UserError, match="no such folder"):
-        cli._readable(restore, str(tmp_path / "run"), model)
+        readable_checkpoint(restore, str(tmp_path / "run"), model)
 
 
 def test_large_models_are_verified_by_some_layers(

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from vikhr_mistral import cli
+from vikhr_t5 import packages
 from vikhr_t5.errors import UserError
 
 COMMANDS = ["tokenizer", "init", "pretrain", "instruct", "merge", "chat"]
@@ -87,7 +88,7 @@ def test_exit_statuses(error, status, line, capfd, monkeypatch):
 
 
 def test_without_the_extra_it_is_named(capfd, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "peft" else object())
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == "peft" else object())
     assert "peft not installed: pip install 'vikhr-t5[mistral]'" in bad_input(capfd, "merge", "a", "b")
 
 

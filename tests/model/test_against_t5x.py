@@ -9,7 +9,7 @@ from quick import quick_jit
 from reference_checkpoint import flat, load_arrays, reference_params, stack_layers, under
 
 from vikhr_t5.model import network
-from vikhr_t5.model.decoding import greedy, start, step
+from vikhr_t5.model.decoding import greedy, prepare, start, step
 from vikhr_t5.train.losses import loss_normalizer, token_losses
 
 FACTORS = (None, 10.0, "NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE")
@@ -121,6 +121,7 @@ def test_steps_over_the_cache_give_the_teacher_forced_logits(reference):
     targets = np.random.default_rng(0).integers(3, 1000, (4, 12))
     decoder_inputs = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     whole = quick_jit(network.Transformer(config).apply)({"params": params}, encoder_inputs, decoder_inputs, targets)
+    params = quick_jit(prepare, static_argnums=1)(params, config)
     cache = quick_jit(start, static_argnums=(1, 3))(params, config, encoder_inputs, 12)
     one_step = quick_jit(step, static_argnums=1)
     for position in range(12):
