@@ -74,12 +74,7 @@ def compiled_step(partitioner, remat, scan, chunk, parts):
     model = tiny_model(dataclasses.replace(SHAPE, remat_policy=remat), Gradients(), loss_chunk_size=chunk)
     trainer = Trainer(lambda step: jnp.float32(0.1), num_microbatches=parts)
     shardings, replicated = partitioner.state_shardings(model), partitioner.replicated
-    jitted = partitioner.jit(
-        trainer.step_function(model, 2),
-        in_shardings=(shardings, replicated, partitioner.batch, replicated),
-        out_shardings=(shardings, replicated, replicated),
-        donate_argnums=(0, 1),
-    )
+    jitted = trainer.jitted(model, partitioner, 2)
     state = jax.device_put(initial_state(), shardings)
     sums, key = jax.device_put((zero_sums(2), jax.random.key(1)), replicated)
     batch = partitioner.put_batch(make_batch(ROWS, LENGTHS, 0), ROWS)

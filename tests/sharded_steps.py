@@ -35,12 +35,7 @@ def run(partitioner, parts, folder):
     shardings = partitioner.state_shardings(model)
     replicated = partitioner.replicated
     state = jax.jit(model.init_state, out_shardings=shardings)(jax.random.key(0))
-    step = partitioner.jit(
-        trainer.step_function(model, 2),
-        in_shardings=(shardings, replicated, partitioner.batch, replicated),
-        out_shardings=(shardings, replicated, replicated),
-        donate_argnums=(0, 1),
-    )
+    step = trainer.jitted(model, partitioner, 2)
     key, losses = jax.device_put(jax.random.key(1), replicated), []
     for batch in BATCHES:
         sums = jax.device_put(zero_sums(2), replicated)

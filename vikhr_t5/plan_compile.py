@@ -148,13 +148,7 @@ def trace_step(arguments: Mapping[str, Any]) -> Any:
     )
     sums = placed(jax.eval_shape(lambda: zero_sums(NUM_SOURCES)), replicated)
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated)
-    jitted = partitioner.jit(
-        trainer.step_function(model, NUM_SOURCES),
-        in_shardings=(shardings, replicated, partitioner.batch, replicated),
-        out_shardings=(shardings, replicated, replicated),
-        donate_argnums=(0, 1),
-    )
-    return jitted.trace(state, sums, batch, key)
+    return trainer.jitted(model, partitioner, NUM_SOURCES).trace(state, sums, batch, key)
 
 
 # What XLA's GPU compiler asks of a card; the makers' figures, as XLA has them in backends/gpu/target_config: streaming

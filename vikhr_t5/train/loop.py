@@ -138,13 +138,7 @@ def train(
         return partitioner.put_batch(next(batches), rows)
 
     batch, sums = next_batch(), zeros()
-    jitted = partitioner.jit(
-        trainer.step_function(model, num_sources),
-        in_shardings=(shardings, replicated, partitioner.batch, replicated),
-        out_shardings=(shardings, replicated, replicated),
-        donate_argnums=(0, 1),
-    )
-    run_step = jitted.lower(state, sums, batch, dropout_key).compile()
+    run_step = trainer.jitted(model, partitioner, num_sources).lower(state, sums, batch, dropout_key).compile()
 
     log = metrics.MetricsLog(folder, step, wandb_project, config_text)
     about = dict(origin=origin, total_steps=total_steps, parameters=model.config.param_count(), peak=peak_source)

@@ -16,7 +16,7 @@ from jax import Array
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.train.losses import loss_normalizer
 from vikhr_t5.train.optimizers import clip_by_global_norm
-from vikhr_t5.train.partitioning import on_device
+from vikhr_t5.train.partitioning import Partitioner, on_device
 from vikhr_t5.train.rounding import apply_updates
 from vikhr_t5.train.schedules import Schedule
 from vikhr_t5.train.state import Batch, EncoderDecoderModel, Sums, TrainState
@@ -86,6 +86,16 @@ class Trainer:
             return TrainState(state.step + 1, params, opt_state), sums, state.step + 1
 
         return step
+
+    def jitted(self, model: EncoderDecoderModel, partitioner: Partitioner, num_sources: int) -> Any:
+        """`step_function` on the mesh: state and batch divided, sums and key on every device, old state given up."""
+        state, everywhere = partitioner.state_shardings(model), partitioner.replicated
+        return partitioner.jit(
+            self.step_function(model, num_sources),
+            in_shardings=(state, everywhere, partitioner.batch, everywhere),
+            out_shardings=(state, everywhere, everywhere),
+            donate_argnums=(0, 1),
+        )
 
     def _gradients(
         self, model: EncoderDecoderModel, params: Any, batch: Batch, weights: Array, num_sources: int, key: Array
