@@ -115,7 +115,8 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(whole_run, tmp_path)
     assert all((a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"]) for a, b in both)
 
 
-@pytest.mark.parametrize("moment_dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "8bit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment_dtype", ["bfloat16", "8bit"])
 def test_small_types_and_host_memory_resume_to_the_bit(tmp_path, moment_dtype):
     """Rounding draws by the step's number, and a checkpoint keeps parameters and moments as they are."""
     model = tiny_model(optimizer=optimizers.AdamW(moment_dtype=moment_dtype), param_dtype="bfloat16")

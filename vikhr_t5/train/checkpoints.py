@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -199,9 +200,18 @@ class Checkpoints:
             code = system_error(error)
             if code is None:
                 raise
-            for leftover in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._remove_unfinished()
             self._refuse(os.strerror(code), error)
+
+    def _remove_unfinished(self) -> None:
+        """What is left of a save that failed. TensorStore may still be writing other arrays into it: so, until gone."""
+        deadline = time.monotonic() + 10
+        while leftovers := list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")):
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
 
     def _refuse(self, reason: str, cause: Exception | None = None) -> NoReturn:
         newest = self.newest()
