@@ -15,9 +15,9 @@ import pytest
 import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, T5Config, T5ForConditionalGeneration
+from tiny_mistral import chat_folder
+from transformers import T5Config, T5ForConditionalGeneration
 
-from vikhr_mistral import chats, pieces, tokenizer_files
 from vikhr_t5 import api, cli, playground
 
 VOCABULARY = Path(__file__).parent / "reference" / "vocabulary" / "ru924.model"
@@ -32,16 +32,7 @@ HOSTILE = {
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mistral of one layer with random weights, Mistral's own tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("playground") / "chat"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = MistralConfig(vocab_size=32_000, **sizes, num_key_value_heads=1, max_position_embeddings=256)
-    MistralForCausalLM(config).save_pretrained(folder)
-    tokenizer_files.write(pieces.open_model("mistral"), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    chats.set_chat_template(tokenizer, "Ты — кот.")
-    tokenizer.save_pretrained(folder)
-    return folder
+    return chat_folder(tmp_path_factory.mktemp("playground") / "chat")
 
 
 @pytest.fixture(scope="module")

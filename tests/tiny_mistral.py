@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from vikhr_mistral import chats, pieces, tokenizer_files
 
 DEMO = Path(__file__).resolve().parents[1] / "tasks" / "demo_data"
 
@@ -60,4 +62,17 @@ def folder(path: Path, size: int = 400, **settings: Any) -> Path:
     made = tokenizer(lines("en", 300) + lines("ru", 300), size)
     made.save_pretrained(path)
     model(len(made), **settings).save_pretrained(path)
+    return path
+
+
+def chat_folder(path: Path, vocab_size: int = 32_000, **settings: Any) -> Path:
+    """A model of one layer with random weights, Mistral's own tokenizer, and a chat template that begins with a cat."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {**sizes, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    MistralForCausalLM(MistralConfig(vocab_size=vocab_size, **shape, **settings)).save_pretrained(path)
+    tokenizer_files.write(pieces.open_model("mistral"), path)
+    made = AutoTokenizer.from_pretrained(path)
+    chats.set_chat_template(made, "Ты — кот.")
+    made.save_pretrained(path)
     return path

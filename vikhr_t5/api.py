@@ -261,9 +261,9 @@ def load(
         )
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not one of float32, bfloat16")
-    config = dataclasses.replace(model.config, dtype=dtype, dropout_rate=0.0, remat_policy="none")
+    config = dataclasses.replace(model.config, dtype=dtype, dropout_rate=0.0, remat_policy="everything")
     partitioner = Partitioner()
-    unit = partitioner.mesh.shape["data"]
+    unit = partitioner.row_shards
     shardings = partitioner.shardings(network.logical_axes(config), network.abstract_params(config))
     params = jax.device_put(stored.load(model), shardings)
     if dtype != "float32":

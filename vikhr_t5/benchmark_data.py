@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict, load_dataset
 
 from vikhr_t5.data.decontamination import SETS
-from vikhr_t5.data.records import read_rows, source_files
+from vikhr_t5.data.records import read_rows, source_files, split_suffix
 from vikhr_t5.errors import UserError, nearest
 
 Row = dict[str, Any]
 _SPLIT = re.compile(r"(?:^|[-_./])(train|validation|val|dev|test)(?=[-_./]|$)")
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
 
 class Schema(NamedTuple):
@@ -218,8 +217,7 @@ class BenchmarkData:
 
 
 def _stem(name: str) -> str:
-    bare = name.removesuffix(".gz").removesuffix(".zst")
-    return next((bare.removesuffix(suffix) for suffix in _SUFFIXES if bare.endswith(suffix)), bare)
+    return split_suffix(name)[0]
 
 
 def _has_rows(name: str) -> bool:

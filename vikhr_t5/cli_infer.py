@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from vikhr_t5.cli_gin import gin_command, run_on_checkpoint
 from vikhr_t5.errors import UserError
@@ -25,7 +26,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     infer.add_argument("--shard_id", type=int, metavar="N", help="the same as --gin.infer.shard_id")
     files = infer.add_argument_group("over a file", "--checkpoint instead of --gin_file; see docs/inference.md")
-    add = files.add_argument
+    names: list[str] = []
+
+    def add(flag: str, **options: Any) -> None:
+        names.append(files.add_argument(flag, **options).dest)
+
     add("--checkpoint", metavar="D", help="a run, a checkpoint, ours or t5x's, or a Hugging Face folder")
     add("--input", metavar="F", help="a .txt file, a line each; .jsonl with the field inputs; or - for standard input")
     add("--output", metavar="F", help="the JSON lines to write (default: -, standard output)")
@@ -48,18 +53,14 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=["float32", "bfloat16"], help="to compute in (default float32)")
     add("--vocabulary", metavar="F", help="where the checkpoint has none, as t5x's: a .model file, or 'bytes'")
     add("--extra_ids", type=int, metavar="N", help="its sentinels (default 100; bytes: 0)")
+    infer.set_defaults(of_files=names)
 
 
-_FILES = (
-    "checkpoint", "input", "output", "mode", "beam", "length_penalty", "temperature", "top_k", "top_p", "num_samples",
-    "seed", "max_length", "max_input_length", "truncate", "no_blanks", "score", "no_eos", "token_log_probabilities",
-    "batch_size", "dtype", "vocabulary", "extra_ids",
-)  # fmt: skip
 _DRAWING = ("beam", "temperature", "top_k", "top_p", "num_samples", "seed", "length_penalty", "max_length")
 
 
 def _infer(flags: argparse.Namespace) -> None:
-    given = [name for name in _FILES if getattr(flags, name) not in (None, False)]
+    given = [name for name in flags.of_files if getattr(flags, name) not in (None, False)]
     if flags.gin_file:
         if given:
             raise UserError(f"--{given[0]} is not for --gin_file, which says all by bindings: leave one of both out")

@@ -124,7 +124,7 @@ def _origin(model_dir: str, restore: RestoreCheckpointConfig | None) -> str:
 
 def _mesh(partitioner: Partitioner, batch_size: int, microbatches: int) -> Rows:
     mesh, device = partitioner.mesh, jax.devices()[0]
-    rows = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]) // microbatches
+    rows = batch_size // partitioner.row_shards // microbatches
     return [
         ("devices", f"{jax.device_count()} {device.device_kind}"),
         ("axes", ", ".join(f"{name} {size}" for name, size in mesh.shape.items())),

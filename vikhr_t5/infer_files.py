@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vikhr_t5.api import MAX_LENGTH, Answer, TextModel
-from vikhr_t5.data.records import read_rows, text_lines
-from vikhr_t5.errors import UserError, nearest
+from vikhr_t5.data.records import json_row, read_rows, split_suffix, text_lines, text_of
+from vikhr_t5.errors import UserError
 from vikhr_t5.inference import Decoding
 from vikhr_t5.progress import Progress
 from vikhr_t5.prompts import TooLong
@@ -62,8 +62,8 @@ def rows_of(source: str) -> Rows:
         UserError: nothing is there, or a row cannot be read; names file and line.
     """
     if source != STANDARD:
-        bare = source.removesuffix(".gz").removesuffix(".zst")
-        return (lambda: _of_lines(text_lines(source))) if bare.endswith(".txt") else (lambda: read_rows(source))
+        is_text = split_suffix(source)[1] == ".txt"
+        return (lambda: _of_lines(text_lines(source))) if is_text else (lambda: read_rows(source))
     try:
         lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -71,22 +71,12 @@ def rows_of(source: str) -> Rows:
     numbered = [(f"standard input:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered or not numbered[0][1].lstrip().startswith("{"):
         return lambda: _of_lines(numbered)
-    objects = [(where, _object(where, line)) for where, line in numbered]
+    objects = [(where, json_row(line, where)) for where, line in numbered]
     return lambda: objects
 
 
 def _of_lines(lines: Iterable[tuple[str, str]]) -> Iterator[Row]:
     return ((where, {"inputs": line.rstrip("\r\n")}) for where, line in lines if line.strip())
-
-
-def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a {type(row).__name__}, and an object {{...}} is wanted")
-    return row
 
 
 def run(model: TextModel, rows: Rows, output: str, request: Request, settings: dict[str, Any], batch_size: int) -> None:
@@ -135,7 +125,7 @@ def check(model: TextModel, rows: Rows, request: Request) -> tuple[int, int]:
     model.prompt("", mode=request.mode)  # a mode that is unknown is so for all rows
     for where, row in rows():
         total += 1
-        text = _text(where, row, "inputs")
+        text = text_of(row, "inputs", where)
         try:
             model.prompt(text, mode=request.mode, blanks=request.blanks)
         except TooLong as error:
@@ -192,21 +182,13 @@ def _scored(targets: list[Answer], request: Request) -> dict[str, Any]:
     }
 
 
-def _text(where: str, row: dict[str, Any], field: str) -> str:
-    if field not in row:
-        raise UserError(f"{where} has no field {field!r}; {nearest(field, row)}")
-    if not isinstance(row[field], str):
-        raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, and text is wanted")
-    return row[field]
-
-
 def _targets(where: str, row: dict[str, Any]) -> list[str]:
     if isinstance(row.get("targets"), list) and row["targets"]:
         several = row["targets"]
         if all(isinstance(target, str) and target.strip() for target in several):
             return several
         raise UserError(f"{where}: field 'targets' has an entry that is no text, or blank")
-    return [_text(where, row, "targets")]
+    return [text_of(row, "targets", where)]
 
 
 def _chunks(rows: Iterable[Row], size: int) -> Iterator[tuple[int, list[Row]]]:

@@ -23,8 +23,8 @@ from vikhr_t5.model.decoding import Generated
 from vikhr_t5.model.sampling import Sampling
 from vikhr_t5.train import checkpoints
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
-from vikhr_t5.train.losses import token_losses
-from vikhr_t5.train.partitioning import Partitioner
+from vikhr_t5.train.losses import CHUNK_SIZE, token_losses
+from vikhr_t5.train.partitioning import Partitioner, placed
 from vikhr_t5.train.state import Batch, EncoderDecoderModel
 
 Ids = Sequence[int]
@@ -121,12 +121,12 @@ class Predictor:
         vocabulary: AnyVocabulary,
         partitioner: Partitioner,
         batch_size: int,
-        loss_chunk_size: int | None = 128,
+        loss_chunk_size: int | None = CHUNK_SIZE,
     ):
         partitioner.check_batch_size(batch_size)
         self.params, self.config, self.vocabulary = params, config, vocabulary
         self.partitioner, self.batch_size, self._loss_chunk_size = partitioner, batch_size, loss_chunk_size
-        self._score = jax.jit(self._score_batch)
+        self._score = partitioner.jit(self._score_batch)
 
     def generate(
         self, inputs: Sequence[Ids], decoding: Decoding, max_length: int, numbers: Sequence[int] | None = None
@@ -225,7 +225,7 @@ class Predictor:
         return tokens
 
     def _num_rows(self, count: int) -> int:
-        unit = self.partitioner.mesh.shape["data"] * self.partitioner.mesh.shape["fsdp"]
+        unit = self.partitioner.row_shards
         return min(self.batch_size, unit << max(0, (-(-count // unit) - 1).bit_length()))
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -259,8 +259,7 @@ def restored_params(
     """(parameters on the mesh, step) of one checkpoint's folder. Arguments and errors as of `restored`."""
     checkpoints.check_vocabulary(path, model.vocabulary)
     shapes = model.abstract_state()
-    shardings = partitioner.shardings(model.state_axes(), shapes)
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    like = placed(shapes, partitioner.shardings(model.state_axes(), shapes))
     state, progress = checkpoints.restore(path, like, reset_optimizer=True)
     params = state.params
     if dtype != "float32":

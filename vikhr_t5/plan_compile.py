@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from vikhr_t5.devices import DeviceKind
 from vikhr_t5.plan_flops import matmul_flops
 from vikhr_t5.plan_memory import batch_shapes
+from vikhr_t5.train.partitioning import placed
 from vikhr_t5.train.step import zero_sums
 
 NUM_SOURCES = 8  # of the batch's tokens, for sums of a few bytes: a plan opens no data
@@ -134,21 +135,19 @@ def trace_step(arguments: Mapping[str, Any]) -> Any:
     model, partitioner, trainer = (arguments[name] for name in ("model", "partitioner", "trainer"))
     config = arguments["train_dataset_cfg"]
     partitioner.check_batch_size(config.batch_size, trainer.num_microbatches or 1)
-    shardings = partitioner.state_shardings(model)
-    replicated, lengths = partitioner.replicated, config.task_feature_lengths
+    lengths = config.task_feature_lengths
+    batch = batch_shapes(config.batch_size, lengths["inputs"], lengths["targets"], config.pack)
+    sums, key = jax.eval_shape(lambda: (zero_sums(NUM_SOURCES), jax.random.key(0)))
 
-    def placed(shapes: Any, sharding: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    def all_placed(shapes: Any, sharding: Any) -> Any:
+        return placed(shapes, jax.tree.map(lambda _: sharding, shapes))
 
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), model.abstract_state(), shardings
+    return trainer.jitted(model, partitioner, NUM_SOURCES).trace(
+        placed(model.abstract_state(), partitioner.state_shardings(model)),
+        all_placed(sums, partitioner.replicated),
+        all_placed(batch, partitioner.batch),
+        all_placed(key, partitioner.replicated),
     )
-    batch = placed(
-        batch_shapes(config.batch_size, lengths["inputs"], lengths["targets"], config.pack), partitioner.batch
-    )
-    sums = placed(jax.eval_shape(lambda: zero_sums(NUM_SOURCES)), replicated)
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated)
-    return trainer.jitted(model, partitioner, NUM_SOURCES).trace(state, sums, batch, key)
 
 
 # What XLA's GPU compiler asks of a card; the makers' figures, as XLA has them in backends/gpu/target_config: streaming

@@ -87,11 +87,14 @@ def clean(text: str) -> str:
     """Text without control characters and marks that turn its direction.
 
     Raises:
-        gr.Error: it is longer than `MAX_CHARACTERS`; the page shows the words.
+        UserError: it is longer than `MAX_CHARACTERS`, or blank.
     """
     if len(text) > MAX_CHARACTERS:
-        raise gr.Error(f"{len(text):,} characters; this page takes {MAX_CHARACTERS:,}", print_exception=False)
-    return _CONTROL.sub("", text.replace("\r\n", "\n"))
+        raise UserError(f"{len(text):,} characters; this page takes {MAX_CHARACTERS:,}")
+    cleaned = _CONTROL.sub("", text.replace("\r\n", "\n"))
+    if not cleaned.strip():
+        raise UserError("nothing to answer: write something first")
+    return cleaned
 
 
 def _explained(answer: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
@@ -104,6 +107,22 @@ def _explained(answer: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[A
             raise gr.Error(str(error), print_exception=False) from None
 
     return explained
+
+
+def _sampling(most_tokens: int, tokens: int, temperature: float, top_k: int, top_p: float) -> list[gr.Slider]:
+    """Length of an answer, temperature, top k and top p, as a model's `answer` takes them."""
+    return [
+        gr.Slider(1, most_tokens, value=tokens, step=1, label="Most tokens"),
+        gr.Slider(0, 2, value=temperature, step=0.05, label="Temperature", info="0: the likeliest token"),
+        gr.Slider(0, 200, value=top_k, step=1, label="Top k", info="0: all"),
+        gr.Slider(0.05, 1, value=top_p, step=0.05, label="Top p"),
+    ]
+
+
+def _on_asking(go: gr.Button, text: gr.Textbox, answer: Callable[..., Any], inputs: list, outputs: list) -> list[Any]:
+    """The events of the button and of Enter."""
+    triggers = (go.click, "answer"), (text.submit, None)
+    return [trigger(answer, inputs, outputs, api_name=name) for trigger, name in triggers]
 
 
 # ---- T5 --------------------------------------------------------------------------------------------------------------
@@ -124,8 +143,6 @@ def _t5_page(model: Playground, name: str) -> gr.Blocks:
     @_explained
     def answer(text: str, mode: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
         text = clean(text)
-        if not text.strip():
-            raise UserError("nothing to answer: write something first")
         asked = model.tokens(text, mode)
         head = colored(asked), counted(asked)
         for said in model.answer(text, mode, *settings):
@@ -144,10 +161,7 @@ def _t5_page(model: Playground, name: str) -> gr.Blocks:
                     stop = gr.Button("Stop", elem_id="stop")
                 gr.Examples(_EXAMPLES, [text, mode])
             with gr.Column(scale=1), gr.Accordion("Sampling", open=True):
-                length = gr.Slider(1, 512, value=64, step=1, label="Most tokens")
-                temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest token")
-                top_k = gr.Slider(0, 200, value=0, step=1, label="Top k", info="0: all")
-                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p")
+                sampling = _sampling(most_tokens=512, tokens=64, temperature=0, top_k=0, top_p=1)
                 seed = gr.Number(value=0, precision=0, label="Seed")
         output = gr.Textbox(
             label="Answer", lines=4, max_lines=20, interactive=False, buttons=["copy"], elem_id="answer"
@@ -157,11 +171,7 @@ def _t5_page(model: Playground, name: str) -> gr.Blocks:
         said_count = gr.Markdown(elem_id="said-count")
         said = _token_view("Tokens of the answer")
         outputs = [output, asked, asked_count, said, said_count]
-        inputs = [text, mode, length, temperature, top_k, top_p, seed]
-        events: list[Any] = [
-            trigger(answer, inputs, outputs, api_name=api)
-            for trigger, api in ((go.click, "answer"), (text.submit, None))
-        ]
+        events = _on_asking(go, text, answer, [text, mode, *sampling, seed], outputs)
         stop.click(None, cancels=events)
     return app.queue(default_concurrency_limit=USERS_AT_ONCE, max_size=100)
 
@@ -188,8 +198,6 @@ def _chat_page(chat: Chat, name: str) -> gr.Blocks:
     @_explained
     def answer(question: str, history: list[dict[str, Any]], *settings: Any) -> Iterator[tuple[Any, str, str]]:
         question = clean(question)
-        if not question.strip():
-            raise UserError("nothing to answer: write something first")
         turns = [{"role": turn["role"], "content": _content(turn["content"])} for turn in history]
         asked = [*turns, {"role": "user", "content": question}]
         yield asked, "", ""
@@ -207,15 +215,9 @@ def _chat_page(chat: Chat, name: str) -> gr.Blocks:
             stop = gr.Button("Stop", elem_id="stop")
             forget = gr.Button("Forget the conversation", elem_id="forget")
         with gr.Accordion("Sampling", open=False), gr.Row():
-            length = gr.Slider(1, 2048, value=512, step=1, label="Most tokens")
-            temperature = gr.Slider(0, 2, value=0.2, step=0.05, label="Temperature", info="0: the likeliest token")
-            top_k = gr.Slider(0, 200, value=40, step=1, label="Top k", info="0: all")
-            top_p = gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top p")
-        inputs, outputs = [text, window, length, temperature, top_k, top_p], [window, text, count]
-        events: list[Any] = [
-            trigger(answer, inputs, outputs, api_name=api)
-            for trigger, api in ((go.click, "answer"), (text.submit, None))
-        ]
+            sampling = _sampling(most_tokens=2048, tokens=512, temperature=0.2, top_k=40, top_p=0.9)
+        outputs = [window, text, count]
+        events = _on_asking(go, text, answer, [text, window, *sampling], outputs)
         stop.click(None, cancels=events)
         forget.click(lambda: ([], "", ""), None, outputs, cancels=events)
     return app.queue(default_concurrency_limit=USERS_AT_ONCE, max_size=100)

@@ -79,7 +79,7 @@ def by_source(run: Run, metric: str, unit: str) -> dict[str, Any]:
         series += _curves(run, name, short(source, sources) or "all", slot)
     note = "per source; dashed: held out" if run.evals else "per source"
     note = note if metric in FORCED else "of answers to held-out examples, per task"
-    return _wide(f"{_titled(metric)}, {run.name}", note if sources else "", unit, series)
+    return _chart(f"{_titled(metric)}, {run.name}", note if sources else "", unit, series)
 
 
 def generated(runs: Sequence[Run]) -> list[str]:
@@ -94,7 +94,7 @@ def by_run(runs: Sequence[Run], metric: str, unit: str, source: str = "") -> dic
     series = [curve for slot, run in enumerate(runs) for curve in _curves(run, name, run.name, slot)]
     note = "per run; dashed: held out" if any(run.evals for run in runs) else "per run"
     title = f"{_titled(metric)} of {source}" if source else _titled(metric)
-    return _wide(title, note, unit, series) | {"wide": not source}
+    return _chart(title, note, unit, series, wide=not source)
 
 
 def _titled(metric: str) -> str:
@@ -108,13 +108,13 @@ def _curves(run: Run, metric: str, name: str, slot: int) -> list[dict[str, Any]]
     return [{"name": name, "slot": slot, "dots": dots, **curve} for curve, dots in curves if curve]
 
 
-def _wide(title: str, note: str, unit: str, series: list[dict[str, Any]]) -> dict[str, Any]:
+def _chart(title: str, note: str, unit: str, series: list[dict[str, Any]], wide: bool = True) -> dict[str, Any]:
     floor = 0.0 if unit == "%" else None
     return {
         "title": title,
         "note": note,
         "unit": unit,
-        "wide": True,
+        "wide": wide,
         "floor": floor,
         "ceiling": None,
         "series": series,

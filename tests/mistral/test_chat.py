@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from tiny_mistral import chat_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vikhr_mistral import chats, fingerprint, pieces, tokenizer_files
+from vikhr_mistral import fingerprint
 from vikhr_mistral.chat import Conversation, Sampling, chat, load
 from vikhr_mistral.merge import merge
 from vikhr_t5.errors import UserError
@@ -19,24 +20,7 @@ GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=ROWS,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.5,
-    )
-    MistralForCausalLM(config).save_pretrained(folder)
-    tokenizer_files.write(pieces.open_model("mistral"), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    chats.set_chat_template(tokenizer, "Ты — кот.")
-    tokenizer.save_pretrained(folder)
-    return folder
+    return chat_folder(tmp_path_factory.mktemp("chat") / "model", ROWS, initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import glob
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,13 +37,26 @@ def read_rows(source: str | Sequence[str]) -> Iterator[tuple[str, dict[str, Any]
 def read_texts(source: str | Sequence[str], field: str = "text") -> Iterator[tuple[str, str]]:
     """(where, document) of each row of a source whose `field` is not blank. UserError where a row lacks the field."""
     for where, row in read_rows(source):
-        if field not in row:
-            raise UserError(f"{where} has no field {field!r}; {nearest(field, row)}")
-        text = row[field]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field {field!r} is {type(text).__name__}, and text is wanted")
-        if text.strip():
+        if (text := text_of(row, field, where)).strip():
             yield where, text
+
+
+def text_of(row: Mapping[str, Any], field: str, where: str) -> str:
+    """A row's field. UserError where the row lacks it, or it is no text; `where` says which row it is."""
+    if field not in row:
+        raise UserError(f"{where} has no field {field!r}; {nearest(field, row)}")
+    if not isinstance(row[field], str):
+        raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, and text is wanted")
+    return row[field]
+
+
+def json_row(line: str, where: str) -> dict[str, Any]:
+    """A line of JSON lines. UserError where it is no object; `where` says which line it is."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from None
+    return _object(row, where)
 
 
 def read_lines(source: str | Sequence[str], field: str = "text") -> Iterator[str]:
@@ -54,7 +67,7 @@ def read_lines(source: str | Sequence[str], field: str = "text") -> Iterator[str
     """
     for one in [source] if isinstance(source, str) else source:
         for file in source_files(one) or [one]:
-            if _kind(file) != ".txt":
+            if split_suffix(file)[1] != ".txt":
                 yield from (text for _, text in read_texts(file, field))
             elif field != "text":
                 raise UserError(f"{file} has no field {field!r}: it is plain text, whose field is 'text'")
@@ -72,7 +85,7 @@ def source_files(source: str) -> list[str]:
     """The files that a source names, sorted; none for a saved dataset or a hub name."""
     path = Path(source)
     if path.is_dir():
-        found = sorted(str(file) for file in path.rglob("*") if file.is_file() and _kind(file.name))
+        found = sorted(str(file) for file in path.rglob("*") if file.is_file() and split_suffix(file.name)[1])
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return []
         if not found:
@@ -83,7 +96,7 @@ def source_files(source: str) -> list[str]:
         return found
     if (
         source.count("/") == 1
-        and not _kind(source)
+        and not split_suffix(source)[1]
         and not glob.has_magic(source)
         and not source.startswith((".", "/"))
     ):
@@ -91,9 +104,11 @@ def source_files(source: str) -> list[str]:
     raise UserError(f"{source}: no such file or folder")
 
 
-def _kind(name: str) -> str | None:
+def split_suffix(name: str) -> tuple[str, str | None]:
+    """(name without its suffix and `.gz` or `.zst`, the suffix); the suffix is None where it is none that is read."""
     bare = name.removesuffix(".gz").removesuffix(".zst")
-    return next((suffix for suffix in _SUFFIXES if bare.endswith(suffix)), None)
+    suffix = next((suffix for suffix in _SUFFIXES if bare.endswith(suffix)), None)
+    return bare.removesuffix(suffix or ""), suffix
 
 
 def is_compressed(file: str) -> bool:
@@ -125,7 +140,7 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
 
 
 def _rows_of_file(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    kind = _kind(file)
+    _, kind = split_suffix(file)
     if kind is None:
         raise UserError(f"{file}: not one of {', '.join(_SUFFIXES)} (.gz, .zst)")
     if kind == ".parquet":
@@ -139,11 +154,7 @@ def _rows_of_file(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in _lines(file):
             if line.strip():
                 where = f"{file}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from None
-                yield where, _object(row, where)
+                yield where, json_row(line, where)
 
 
 def _documents(file: str) -> Iterator[tuple[str, dict[str, Any]]]:

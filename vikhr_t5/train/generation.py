@@ -68,8 +68,7 @@ class GenerativeEvaluator:
 
     def _answers(self, params: Any, examples: Sequence[Segment]) -> list[np.ndarray]:
         """int32 [T] of each."""
-        mesh = self.partitioner.mesh.shape
-        rows = ROWS_PER_DEVICE * mesh["data"] * mesh["fsdp"]
+        rows = ROWS_PER_DEVICE * self.partitioner.row_shards
         vocabulary = self.model.vocabulary
         answers: list[np.ndarray] = []
         for start in range(0, len(examples), rows):

@@ -78,6 +78,11 @@ class Partitioner:
         return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=jax.devices())
 
     @property
+    def row_shards(self) -> int:
+        """In how many parts the rows of a batch are divided."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
     def replicated(self) -> NamedSharding:
         """The same value on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
@@ -143,7 +148,7 @@ class Partitioner:
     def check_batch_size(self, batch_size: int, num_microbatches: int = 1) -> None:
         """UserError, with the numbers, where a batch does not divide over the mesh and its microbatches."""
         data, fsdp = self.mesh.shape["data"], self.mesh.shape["fsdp"]
-        unit = data * fsdp * num_microbatches
+        unit = self.row_shards * num_microbatches
         if batch_size % unit:
             raise UserError(
                 f"batch size {batch_size} does not divide over data x fsdp x microbatches ="
@@ -177,6 +182,11 @@ class Partitioner:
             if axis not in MESH_AXES:
                 raise UserError(f"the rule for {logical!r} names the mesh axis {axis!r} ({nearest(axis, MESH_AXES)})")
         return axes
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of arrays or their shapes as the shapes of arrays that lie as `shardings`, a tree alike, says."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def on_device(tree: Any) -> Any:

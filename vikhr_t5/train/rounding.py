@@ -30,5 +30,7 @@ def round_tree(tree: Any, key: Array) -> Any:
 def apply_updates(params: Any, updates: Any, key: Array) -> Any:
     """params + updates (float32), each in the type of the parameter."""
     moved = jax.tree.map(lambda p, update: p.astype(jnp.float32) + update, params, updates)
+    if all(p.dtype == jnp.float32 for p in jax.tree.leaves(params)):
+        return moved
     rounded = round_tree(moved, key)
     return jax.tree.map(lambda p, exact, low: low if p.dtype == jnp.bfloat16 else exact, params, moved, rounded)

@@ -12,6 +12,7 @@ from vikhr_t5.errors import UserError
 from vikhr_t5.train import checkpoints
 from vikhr_t5.train.checkpoint_files import defect
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
+from vikhr_t5.train.partitioning import placed
 from vikhr_t5.train.state import EncoderDecoderModel, TrainState
 
 
@@ -29,9 +30,7 @@ def starting_state(
     Args:
       newest: the newest whole checkpoint of this run.
     """
-    like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), model.abstract_state(), shardings
-    )
+    like = placed(model.abstract_state(), shardings)
     # Where the state comes from; the first that exists:
     # 1. this run's own newest whole checkpoint: everything continues, to the bit;
     # 2. checkpoint_cfg.restore.path (INITIAL_CHECKPOINT_PATH): parameters, step and optimizer; the data begins;

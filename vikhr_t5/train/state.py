@@ -15,7 +15,7 @@ from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.model import network
 from vikhr_t5.model.config import DTYPES
-from vikhr_t5.train.losses import token_losses
+from vikhr_t5.train.losses import CHUNK_SIZE, token_losses
 from vikhr_t5.train.optimizers import OptimizerDef
 
 Batch = Mapping[str, Array]
@@ -57,7 +57,7 @@ class EncoderDecoderModel:
         z_loss: float = 1e-4,
         label_smoothing: float = 0.0,
         loss_normalizing_factor: float | str | None = None,
-        loss_chunk_size: int | None = 32,
+        loss_chunk_size: int | None = CHUNK_SIZE,
         param_dtype: str = "float32",
     ):
         if param_dtype not in DTYPES:
