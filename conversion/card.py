@@ -119,6 +119,6 @@ def recipe(checkpoint: Path, step: int) -> str:
 def _last_evaluation(file: Path, step: int) -> dict[str, float]:
     if not file.is_file():
         return {}
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if '"eval"' in line]
+    records = [json.loads(line) for line in file.open(encoding="utf-8") if '"eval"' in line]
     found = [record for record in records if record.get("kind") == "eval" and record["step"] <= step]
     return {k: v for k, v in found[-1].items() if k.startswith(("loss", "accuracy"))} if found else {}

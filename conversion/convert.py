@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from conversion import huggingface, t5x, vikhr
+from conversion import huggingface, t5x, t5x_files, vikhr
 from conversion.safetensors import parse_size
 from conversion.stored import DTYPES, StoredModel
 from vikhr_t5.data.vocabulary import AnyVocabulary
@@ -119,7 +119,7 @@ def initial_checkpoint(
 
     Raises UserError as `open_model` and `write_model`.
     """
-    source_format = format_of(path)
+    source_format, _ = find(path)
     if source_format == "vikhr":
         return os.fspath(path)
     destination = Path(model_dir).expanduser().absolute() / "initial_checkpoint"
@@ -127,12 +127,15 @@ def initial_checkpoint(
     return os.fspath(destination)
 
 
-def format_of(path: str | os.PathLike[str]) -> str:
-    """The format of a model's folder. UserError where it is none of FORMATS."""
-    folder = Path(path).expanduser()
+def find(path: str | os.PathLike[str]) -> tuple[str, Path]:
+    """(format, folder) of a model: of a run or a model_dir, the folder of its newest whole checkpoint.
+
+    Raises:
+        UserError: it is none of FORMATS.
+    """
+    folder = Path(path).expanduser().absolute()
     if t5x.is_checkpoint(folder):
-        return "t5x"
+        return "t5x", t5x_files.find(folder)
     if (folder / "config.json").is_file():
-        return "hf"
-    find_checkpoint(folder)
-    return "vikhr"
+        return "hf", folder
+    return "vikhr", find_checkpoint(folder)

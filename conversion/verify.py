@@ -152,7 +152,7 @@ def held_out(source: str | os.PathLike[str], most: int = 8) -> list[tuple[str, s
     file = Path(source) / "samples.jsonl"
     if not file.exists():
         return []
-    samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    samples = [json.loads(line) for line in file.open(encoding="utf-8")]
     last = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
     return [(s["input"], s["target"]) for s in last if "<extra_id_" not in s["input"]][:most]
 

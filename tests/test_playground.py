@@ -1,6 +1,7 @@
 """The playground, served for real and used as a browser uses it: tokens stream, ten users at once, hostile input. The
 slow test clicks through it in headless Chromium."""
 
+import html
 import itertools
 import json
 import shutil
@@ -66,23 +67,23 @@ def t5_url(t5_model: Path) -> Iterator[str]:
     yield from serve(t5_model)
 
 
-def ask(url: str, question: str, tokens: int = 8) -> list[tuple]:
-    """Everything that a browser gets, in order: (conversation, text box, count)."""
-    job = Client(url, verbose=False).submit(question, [], tokens, 0, 0, 1, api_name="/answer")
+def ask(url: str, question: str, tokens: int = 8, client: Client | None = None) -> list[tuple]:
+    """Everything that a browser gets, in order: (conversation as HTML, text box, count). A client has one."""
+    job = (client or Client(url, verbose=False)).submit(question, tokens, 0, 0, 1, api_name="/answer")
     updates = list(job)
     job.result()  # raises what the page shows as an error
     return updates
 
 
-def said(update: tuple) -> str:
-    content = update[0][-1]["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+def turn(update: tuple, number: int = -1) -> str:
+    content = update[0][number]["content"]
+    return html.unescape(content if isinstance(content, str) else "".join(part["text"] for part in content))
 
 
 def test_an_answer_streams(chat_url: str) -> None:
     updates = ask(chat_url, "Привет!", tokens=12)
     assert len(updates) > 3
-    texts = [said(update) for update in updates[1:]]
+    texts = [turn(update) for update in updates]
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
     assert [turn["role"] for turn in updates[-1][0]] == ["user", "assistant"]
     assert "tokens" in updates[-1][2]
@@ -92,17 +93,16 @@ def test_ten_users_at_once(chat_url: str) -> None:
     """Each gets what one alone gets."""
     questions = [f"Вопрос номер {n}?" for n in range(10)]
     with ThreadPoolExecutor(10) as pool:
-        together = [said(updates[-1]) for updates in pool.map(lambda q: ask(chat_url, q), questions)]
-    assert together[:2] == [said(ask(chat_url, question)[-1]) for question in questions[:2]]
+        together = [turn(updates[-1]) for updates in pool.map(lambda q: ask(chat_url, q), questions)]
+    assert together[:2] == [turn(ask(chat_url, question)[-1]) for question in questions[:2]]
     assert len(together) == 10
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
 def test_hostile_text_is_text(chat_url: str, text: str) -> None:
-    asked = ask(chat_url, text)[-1][0][0]["content"]
-    shown = asked if isinstance(asked, str) else asked[0]["text"]
-    assert shown == playground.clean(text)
-    assert not any(mark in shown for mark in "\x00\x07\x1b\u202e\ufeff")
+    last = ask(chat_url, text)[-1]
+    assert turn(last, 0) == playground.clean(text)
+    assert not any(mark in str(last[0][0]["content"]) for mark in "<\x00\x07\x1b\u202e\ufeff")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,16 @@ def test_what_is_refused_is_said(chat_url: str, text: str, words: str) -> None:
     with pytest.raises(AppError, match=words):
         ask(chat_url, text)
     assert ask(chat_url, "А так?")  # and the next question is answered
+
+
+def test_a_refused_question_is_no_turn(chat_url: str) -> None:
+    client = Client(chat_url, verbose=False)
+    ask(chat_url, "Первый?", client=client)
+    with pytest.raises(AppError, match="shorten it"):
+        ask(chat_url, "слово " * 2000, client=client)
+    last = ask(chat_url, "Второй?", client=client)[-1]
+    assert [one["role"] for one in last[0]] == ["user", "assistant"] * 2
+    assert [turn(last, 0), turn(last, 2)] == ["Первый?", "Второй?"]
 
 
 def test_only_this_machine_is_listened_to(chat_url: str) -> None:
@@ -175,9 +185,9 @@ def test_what_a_t5_refuses_is_said(t5_url: str, text: str, words: str) -> None:
         ask_t5(t5_url, text, playground.MODES[0])
 
 
-@pytest.mark.slow
-def test_in_a_browser(t5_url: str, tmp_path: Path) -> None:
-    """Type, click, see tokens stream; markup is shown, not run; nothing is asked of another host."""
+@pytest.fixture
+def browser(tmp_path: Path):
+    """Headless Chromium, which keeps a log of what it asks for."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver_path:
@@ -185,41 +195,60 @@ def test_in_a_browser(t5_url: str, tmp_path: Path) -> None:
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     quiet = ("background-networking", "component-update", "sync")
-    flags = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--window-size=1200,1200",
-        f"--user-data-dir={tmp_path}",
-    ]
-    for flag in [*flags, *(f"--disable-{name}" for name in quiet)]:
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,1200"]
+    for flag in [*flags, f"--user-data-dir={tmp_path}", *(f"--disable-{name}" for name in quiet)]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
     driver.implicitly_wait(30)
+    yield driver
+    driver.quit()
 
-    def find(selector: str):
-        return driver.find_element("css selector", selector)
 
-    try:
-        driver.get(t5_url)
-        find("#text textarea").send_keys("<img src=x onerror='document.title=1'> Открыть ___ в меню")
-        find("#go button, button#go").click()
-        counts: list[str] = []
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and "64 tokens" not in counts[-1:]:
-            count = find("#said-count").text.split(",")[0]
-            if count and count not in counts:
-                counts.append(count)
-        assert len(counts) > 1  # it grew before our eyes
-        assert counts[-1] == "64 tokens"
-        shown = "".join(part.text for part in driver.find_elements("css selector", ".tokens"))
-        assert "<imgsrc=xonerror=" in "".join(shown.split())  # each token a word of its own
-        assert "vikhr-t5" in driver.title
-        requests = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-        sent = [r["params"]["request"]["url"] for r in requests if r["method"] == "Network.requestWillBeSent"]
-        assert len(sent) > 5
-        assert {urlsplit(url).hostname for url in sent if url.startswith(("http", "ws"))} == {"127.0.0.1"}
-        assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-    finally:
-        driver.quit()
+def assert_nothing_of_another_host(browser) -> None:
+    requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [r["params"]["request"]["url"] for r in requests if r["method"] == "Network.requestWillBeSent"]
+    assert len(sent) > 5
+    assert {urlsplit(url).hostname for url in sent if url.startswith(("http", "ws"))} == {"127.0.0.1"}
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def counts_until(browser, last: str) -> list[str]:
+    """The counts of tokens that the page shows one after another."""
+    counts: list[str] = []
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and counts[-1:] != [last]:
+        count = browser.find_element("css selector", "#said-count").text.split(",")[0]
+        if count and count not in counts:
+            counts.append(count)
+    return counts
+
+
+@pytest.mark.slow
+def test_in_a_browser(t5_url: str, browser) -> None:
+    """Type, click, see tokens stream; markup is shown, not run; nothing is asked of another host."""
+    browser.get(t5_url)
+    text = "<img src=x onerror='document.title=1'> Открыть ___ в меню"
+    browser.find_element("css selector", "#text textarea").send_keys(text)
+    browser.find_element("css selector", "#go button, button#go").click()
+    counts = counts_until(browser, "64 tokens")
+    assert len(counts) > 1  # it grew before our eyes
+    assert counts[-1] == "64 tokens"
+    shown = "".join(part.text for part in browser.find_elements("css selector", ".tokens"))
+    assert "<imgsrc=xonerror=" in "".join(shown.split())  # each token a word of its own
+    assert "vikhr-t5" in browser.title
+    assert_nothing_of_another_host(browser)
+
+
+@pytest.mark.slow
+def test_a_chat_in_a_browser(chat_url: str, browser) -> None:
+    """A question of markup and of two lines stands in the conversation as it was written."""
+    browser.get(chat_url)
+    box = browser.find_element("css selector", "#text textarea")
+    box.send_keys("<b>жирно</b> $$x$$ <img src=http://host.invalid/x> &lt;", "\ue008\ue007\ue000", "вторая строка")
+    browser.find_element("css selector", "#go button, button#go").click()
+    (question,) = browser.find_elements("css selector", "#window .user-row .message-content")
+    assert question.text == "<b>жирно</b> $$x$$ <img src=http://host.invalid/x> &lt;\nвторая строка"
+    browser.implicitly_wait(0)
+    assert not browser.find_elements("css selector", "#window .user-row b, #window .user-row img")
+    assert_nothing_of_another_host(browser)

@@ -272,21 +272,36 @@ def test_runs_side_by_side(stages: list[Path], tmp_path: Path) -> None:
         report([other], tmp_path / "report.html", compare=True)
 
 
-def test_cost_so_far_and_expected_end(tmp_path: Path) -> None:
-    """Two devices; 30 s to the first step, 100 steps in 100 s; a crash; an hour later 30 s and 100 s again."""
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        # 260 s on two devices; 1.3 s a step, so 800 more take 1,040 s: until 5,840 s, and 2,600 device seconds in all.
+        ((2, 1000), (2, 1000), ("8:40", "$5.20", "01:37", "$26.00")),
+        # 130 s on two devices, 130 s on one: 1.95 device seconds a step, so 800 more take 1,560 s: until 6,360 s.
+        ((2, 200), (1, 1000), ("6:30", "$3.90", "01:46", "$19.50")),
+    ],
+    ids=["the same", "fewer devices, more steps"],
+)
+def test_cost_so_far_and_expected_end(
+    tmp_path: Path, before: tuple[int, int], after: tuple[int, int], said: tuple[str, ...]
+) -> None:
+    """30 s to the first step, 100 steps in 100 s; a crash; an hour later 30 s and 100 s again. Of the two starts:
+    (devices, total steps)."""
     folder = write_run(tmp_path / "run", DENOISERS, 0, 200)
     train = {"kind": "train", "loss": 1.0, "step_seconds": 0.9, "tokens_per_second": 10.0}
-    start = {"kind": "start", "devices": 2, "startup_seconds": 30.0, "total_steps": 1000}
-    lines = [{**start, "step": 0, "time": 1000.0}]
+    first, second = (
+        {"kind": "start", "startup_seconds": 30.0, "devices": devices, "total_steps": steps}
+        for devices, steps in (before, after)
+    )
+    lines = [{**first, "step": 0, "time": 1000.0}]
     lines += [{**train, "step": step, "time": 1000.0 + step} for step in (50, 100)]
-    lines += [{**start, "step": 100, "time": 4700.0}]
+    lines += [{**second, "step": 100, "time": 4700.0}]
     lines += [{**train, "step": step, "time": 4600.0 + step} for step in (150, 200)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report([folder], tmp_path / "report.html", price_per_hour=36.0)
     text = _Page(tmp_path / "report.html").text
-    # 260 s on two devices; 1.3 s a step, so 800 more take 1,040 s: until 5,840 s, and 2,600 device seconds in all.
-    for said in ("8:40device time", "$5.20spent", "1970-01-01 01:37expected end, UTC", "$26.00expected in the end"):
-        assert said in text
+    for value, name in zip(said, ("device time", "spent", "expected end, UTC", "expected in the end"), strict=True):
+        assert value + name in text
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "end", "step": 200, "time": 4800.0, "finished": True}) + "\n")
     report([folder], tmp_path / "report.html")
@@ -299,6 +314,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         report([], tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+    folder = write_run(tmp_path / "run", DENOISERS, 0, 50)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match="run is a folder, and a file is to be written: give another name"):
+        report([folder], folder)
+    assert sorted(folder.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ class Conversation:
                     f"the question has {length} tokens, and with max_new_tokens {self.sampling.max_new_tokens} the"
                     f" model reads {max(room, 0)}: shorten it, or lower --max_new_tokens"
                 )
-            turns = turns[2:]
+            turns = turns[2:] or turns[-1:]
 
 
 def load(folder: str, device: str | None = None) -> tuple[Any, Any]:

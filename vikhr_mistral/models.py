@@ -68,13 +68,17 @@ def load_model(
         seed: of the adapters' first values; all processes, and a run that begins again, must have the same.
 
     Raises:
-        UserError: the folder is no causal model, a file of it is not whole, its vocabulary is smaller than the
-            tokenizer's, or a module that is to have an adapter is not there.
+        UserError: the folder is an adapter or no causal model, a file of it is not whole, its vocabulary is smaller
+            than the tokenizer's, or a module that is to have an adapter is not there.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is an adapter, and a model is trained: vikhr-mistral merge {folder} OUT, then give OUT"
+        )
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attention

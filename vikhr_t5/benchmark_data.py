@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from vikhr_t5.data.decontamination import SETS
+from vikhr_t5.data.decontamination import SETS, SPLIT, split_of
 from vikhr_t5.data.records import read_rows, source_files, split_suffix
 from vikhr_t5.errors import UserError, nearest
 
 Row = dict[str, Any]
-_SPLIT = re.compile(r"(?:^|[-_./])(train|validation|val|dev|test)(?=[-_./]|$)")
 
 
 class Schema(NamedTuple):
@@ -191,7 +190,7 @@ class BenchmarkData:
     def _rows(self, split: tuple[str, ...]) -> list[tuple[str, str, Row]]:
         """(where, its file's label, row) of every file of a split; a file that names none is of the scored one."""
         named = {*split, None} if split == self.schema.evaluated else {*split}
-        files = [(path, label) for path, label in self._files() if _split(label) in named]
+        files = [(path, label) for path, label in self._files() if split_of(label) in named]
         return [(where, label, row) for path, label in files for where, row in read_rows(str(path))]
 
     def _local(self, split: tuple[str, ...], subject: str | None) -> Iterable[tuple[str, Row]]:
@@ -224,12 +223,6 @@ def _has_rows(name: str) -> bool:
     return _stem(name) != name
 
 
-def _split(label: str) -> str | None:
-    """The split that a file's name or folders say; the last one where there are several."""
-    found = _SPLIT.findall(label)
-    return found[-1] if found else None
-
-
 def _subject(label: str, subject: str) -> str | None:
     """`subject` where a file's folder or name is of it: anatomy/…, anatomy_test, anatomy-dev."""
-    return subject if any(_SPLIT.sub("", part).strip("-_.") == subject for part in label.split("/")) else None
+    return subject if any(SPLIT.sub("", part).strip("-_.") == subject for part in label.split("/")) else None

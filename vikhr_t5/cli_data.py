@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from vikhr_t5.command_line import add_command
 from vikhr_t5.errors import UserError
+from vikhr_t5.files import check_file
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -149,6 +150,8 @@ def _preview(flags: argparse.Namespace) -> None:
 
     from vikhr_t5.data import pipeline, preview, preview_html, preview_terminal, vocabulary
 
+    if flags.html:
+        check_file(flags.html)
     config = pipeline.DatasetConfig(
         mixture_or_task_name=flags.mixture,
         task_feature_lengths={"inputs": flags.inputs, "targets": flags.targets},

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vikhr_t5.errors import UserError
+
 
 def sync_directory(path: Path) -> None:
     """Make a rename inside `path` survive a power cut (POSIX keeps names in the directory, not in the file)."""
@@ -54,6 +56,17 @@ def _runs(process: int) -> bool:
     return True
 
 
+def check_file(destination: str | os.PathLike[str]) -> None:
+    """Before long work whose result is one file. UserError where a folder has that name."""
+    if Path(destination).is_dir():
+        raise _other_kind(Path(destination))
+
+
+def _other_kind(final: Path) -> UserError:
+    kind, wanted = ("folder", "file") if final.is_dir() else ("file", "folder")
+    return UserError(f"{final} is a {kind}, and a {wanted} is to be written: give another name")
+
+
 @contextlib.contextmanager
 def atomic_path(destination: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `destination`; on success what was written there takes its name.
@@ -61,6 +74,9 @@ def atomic_path(destination: str | os.PathLike[str]) -> Iterator[Path]:
     Works for a file or a folder (the caller creates either at the yielded path). An existing file is replaced
     atomically; an existing folder is moved aside first and removed after. On an exception nothing is left; what a
     process of this machine left when it was killed, the next one removes.
+
+    Raises:
+        UserError: a folder is there, and a file was written; or the other way round.
     """
     final = Path(destination)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +85,8 @@ def atomic_path(destination: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         _sync_tree(temporary)
+        if final.exists() and final.is_dir() != temporary.is_dir():
+            raise _other_kind(final)
         if final.is_dir():
             aside = temporary.with_suffix(".old")
             final.rename(aside)
@@ -108,7 +126,7 @@ def keep_lines_up_to(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

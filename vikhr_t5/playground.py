@@ -18,6 +18,7 @@ import gradio as gr
 
 from vikhr_t5 import api
 from vikhr_t5.errors import UserError
+from vikhr_t5.page import escape
 from vikhr_t5.playground_chat import Chat
 from vikhr_t5.playground_t5 import MODES, Playground
 
@@ -196,18 +197,19 @@ def _plain(text: str) -> str:
 
 def _chat_page(chat: Chat, name: str) -> gr.Blocks:
     @_explained
-    def answer(question: str, history: list[dict[str, Any]], *settings: Any) -> Iterator[tuple[Any, str, str]]:
+    def answer(question: str, turns: list[dict[str, str]], *settings: Any) -> Iterator[tuple[Any, ...]]:
         question = clean(question)
-        turns = [{"role": turn["role"], "content": _content(turn["content"])} for turn in history]
-        asked = [*turns, {"role": "user", "content": question}]
-        yield asked, "", ""
-        for said in chat.answer(turns, question, *settings):
-            pieces = chat.tokens(said)
-            yield [*asked, {"role": "assistant", "content": said}], "", counted(pieces)
+        for said in chat.answer(turns, question, *settings):  # the first comes when the question is not refused
+            now = [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": said}]
+            yield now, [turn | {"content": escape(turn["content"])} for turn in now], "", counted(chat.tokens(said))
 
     with gr.Blocks(title=f"{name} · vikhr-t5", fill_height=True) as app:
         gr.Markdown(f"## {_plain(name)}\n{_plain(chat.summary)}")
-        window = gr.Chatbot(label="Conversation", render_markdown=False, height=480, elem_id="window")
+        turns = gr.State([])
+        # It shows HTML, so turns are kept apart from what is shown; its buttons would share or copy that.
+        window = gr.Chatbot(
+            label="Conversation", render_markdown=False, latex_delimiters=[], buttons=[], height=480, elem_id="window"
+        )
         count = gr.Markdown(elem_id="said-count")
         text = gr.Textbox(label="Question", placeholder="Почему небо голубое?", elem_id="text")
         with gr.Row():
@@ -215,15 +217,11 @@ def _chat_page(chat: Chat, name: str) -> gr.Blocks:
             stop = gr.Button("Stop", elem_id="stop")
             forget = gr.Button("Forget the conversation", elem_id="forget")
         with gr.Accordion("Sampling", open=False), gr.Row():
-            sampling = _sampling(most_tokens=2048, tokens=512, temperature=0.2, top_k=40, top_p=0.9)
-        outputs = [window, text, count]
-        events = _on_asking(go, text, answer, [text, window, *sampling], outputs)
+            most = min(2048, chat.limit // 2)
+            sampling = _sampling(most, tokens=min(512, most), temperature=0.2, top_k=40, top_p=0.9)
+        outputs = [turns, window, text, count]
+        events = _on_asking(go, text, answer, [text, turns, *sampling], outputs)
         stop.click(None, cancels=events)
-        forget.click(lambda: ([], "", ""), None, outputs, cancels=events)
+        for trigger in (forget.click, window.clear):
+            trigger(lambda: ([], [], "", ""), None, outputs, cancels=events)
     return app.queue(default_concurrency_limit=USERS_AT_ONCE, max_size=100)
-
-
-def _content(content: Any) -> str:
-    """A turn's text, as gradio hands it back: a string, or a list of parts."""
-    parts = content if isinstance(content, list) else [content]
-    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)

@@ -23,6 +23,7 @@ class Chat:
         self._chat = chat
         self._model, self._tokenizer = chat.load(folder, device)
         chat.Conversation(self._model, self._tokenizer, chat.Sampling())  # refuses a model without a template
+        self.limit: int = self._model.config.max_position_embeddings  # tokens of a question and its answer
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
         self.summary = (
             f"{self._model.config.model_type}, {human(parameters)} parameters, {len(self._tokenizer):,} pieces"

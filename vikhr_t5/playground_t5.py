@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vikhr_t5 import prompts
 from vikhr_t5.api import Decoding, TextModel
 from vikhr_t5.progress import human
 
 FILL, CONTINUE, INSTRUCT = MODES = ("Fill the blanks (___)", "Continue", "Instruct")
-_GROUP = {FILL: "R", CONTINUE: "S"}  # of UL2's denoisers, where the vocabulary has mode tokens
+_GROUP = {FILL: "R", CONTINUE: "S"}  # of UL2's denoisers, where the vocabulary has their tokens
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Playground:
         return [self._piece(token) for token in self.model.prompt(text, **self._asked(mode)).ids]
 
     def _asked(self, mode: str) -> dict[str, Any]:
-        group = _GROUP.get(mode) if self.model.vocabulary.mode_tokens else None
-        return {"mode": group, "blanks": mode == FILL}
+        group = _GROUP.get(mode)
+        return {"mode": group if group in prompts.modes(self.model.vocabulary) else None, "blanks": mode == FILL}
 
     def _piece(self, token: int) -> tuple[str, bool]:
         piece = self.model.vocabulary.piece(token)

@@ -26,21 +26,30 @@ class TooLong(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A text as a model reads it. ids: with EOS; num_blanks: how many of them are sentinels in place of blanks."""
+    """A text as a model reads it. ids: with EOS; parts: the text before, between and after its blanks."""
 
     ids: list[int]
-    num_blanks: int
+    parts: list[str]
+
+    @property
+    def num_blanks(self) -> int:
+        return len(self.parts) - 1
+
+
+def modes(vocabulary: AnyVocabulary) -> dict[str, str]:
+    """Names of the mode tokens: as they stand in the vocabulary ("[NLU]"), bare ("NLU"), and UL2's R, S and X."""
+    known = {token: token for token in vocabulary.mode_tokens}
+    known |= {token.strip("[]<>"): token for token in vocabulary.mode_tokens if token.strip("[]<>")}
+    return known | {group: known[bare] for group, bare in _GROUPS.items() if bare in known and group not in known}
 
 
 def mode_id(name: str, vocabulary: AnyVocabulary) -> int:
-    """The id of a mode token, given as it stands in the vocabulary ("[NLU]"), bare ("NLU"), or as UL2's R, S or X.
+    """The id of a mode token, by any of its names.
 
     Raises:
         UserError: the vocabulary has none such; says the nearest.
     """
-    known = {token: token for token in vocabulary.mode_tokens}
-    known |= {token.strip("[]<>"): token for token in vocabulary.mode_tokens if token.strip("[]<>")}
-    known |= {group: known[bare] for group, bare in _GROUPS.items() if bare in known and group not in known}
+    known = modes(vocabulary)
     if name not in known:
         raise UserError(f"mode {name!r} is not in the vocabulary; {nearest(name, known)}")
     return vocabulary.mode_id(known[name])
@@ -77,7 +86,7 @@ def encode(
     ids = [*([] if mode is None else [mode]), *vocabulary.encode(joined)]
     if len(ids) >= limit and not truncate:
         raise TooLong(len(ids) + 1, limit)
-    return Prompt([*ids[: limit - 1], vocabulary.eos_id], len(parts) - 1)
+    return Prompt([*ids[: limit - 1], vocabulary.eos_id], parts)
 
 
 def blanks_of(answer: Sequence[int], prompt: Prompt, vocabulary: AnyVocabulary) -> list[list[int] | None]:
@@ -95,20 +104,17 @@ def blanks_of(answer: Sequence[int], prompt: Prompt, vocabulary: AnyVocabulary) 
     return [found.get(i) for i in range(prompt.num_blanks)]
 
 
-def fill(prompt: Prompt, blanks: Sequence[Sequence[int] | None], vocabulary: AnyVocabulary, mode: int | None) -> str:
+def fill(prompt: Prompt, blanks: Sequence[Sequence[int] | None], vocabulary: AnyVocabulary) -> str:
     """The prompt's text with its blanks filled, "___" where there is nothing to fill one with.
 
-    The ids are put together and decoded, so that a word that was cut by a blank is whole again.
+    The text keeps every character. A blank that begins with a new word is divided from what stands before it.
     """
-    places = {vocabulary.sentinel(i): i for i in range(prompt.num_blanks)}
-    ids: list[int] = []
-    for id in prompt.ids[mode is not None : -1]:
-        value = blanks[places[id]] if id in places else None
-        ids += [id] if value is None else value
-    text = vocabulary.decode(ids)
-    for i in range(prompt.num_blanks):
-        text = text.replace(f"<extra_id_{i}>", BLANK)
-    return text
+    filled = prompt.parts[0]
+    for ids, part in zip(blanks, prompt.parts[1:], strict=True):
+        if ids and vocabulary.piece(ids[0]).startswith("▁") and filled and not filled[-1].isspace():
+            filled += " "
+        filled += (BLANK if ids is None else vocabulary.decode(ids).strip()) + part
+    return filled
 
 
 def shown(blanks: Sequence[Sequence[int] | None], vocabulary: AnyVocabulary) -> list[str | None]:

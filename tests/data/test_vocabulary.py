@@ -144,6 +144,8 @@ def test_training_that_cannot_be(tmp_path: Path) -> None:
             train_vocabulary(texts, tmp_path / "out.model", size)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="model_type is 'word'"):
         train_vocabulary(LINES, tmp_path / "out.model", 1000, model_type="word")
+    with pytest.raises(UserError, match="is a folder, and a file is to be written"):
+        train_vocabulary(LINES, tmp_path, 1000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt"]
 
 

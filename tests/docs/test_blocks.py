@@ -47,11 +47,13 @@ def test_commands_parse(block):
 
 def load(flags):
     """The gin files of a command with its bindings. Files that are the reader's own are not here."""
-    ours = [file for file in flags.gin_file if (blocks.ROOT / "gin" / file).exists()]
-    if not ours or len(ours) < len(flags.gin_file):
-        return
+    if all((blocks.ROOT / "gin" / file).exists() for file in flags.gin_file):
+        loads(flags.gin_file, flags.bindings)
+
+
+def loads(files, bindings=()):
     try:
-        launch.load(ours, flags.bindings)
+        launch.load(files, bindings)
     except UserError as error:
         if not str(error).startswith(
             "required by the gin files and not given"
@@ -60,6 +62,13 @@ def load(flags):
     finally:
         with gin.unlock_config():
             gin.config.clear_config()
+
+
+@pytest.mark.parametrize("block", [block for block in ALL if block.language == "gin"], ids=str)
+def test_gin_goes_into_a_recipe(block, tmp_path):
+    file = tmp_path / "reader.gin"
+    file.write_text(f"include 'recipes/demo_finetune.gin'\n{block.text}\n", encoding="utf-8")
+    loads([str(file)])
 
 
 def mistral(arguments):

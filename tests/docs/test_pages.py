@@ -162,7 +162,15 @@ def published_sets(folder: Path, sets: dict[str, published.Published]) -> None:
         published.write(folder / one.folder, one.table(texts), "parquet")
 
 
+def inference(folder: Path, trained: Path) -> None:
+    for stage in ("ul2", "instruct"):
+        copy(trained / "runs" / stage, folder / "runs/demo" / stage)
+    copy(trained / "hf", folder / "runs/demo/hf")
+    copy(trained / "spiece.model", folder / "spiece.model")
+
+
 def training(folder: Path, trained: Path) -> None:
+    copy(trained / "runs", folder / "runs")
     copy(trained / "spiece.model", folder / "data/spiece.model")
     copy(DATA / "ru.txt", folder / "data/text.txt")
     copy(DATA / "parallel.jsonl", folder / "data/parallel.jsonl")
@@ -192,6 +200,7 @@ def benchmarks(folder: Path, trained: Path) -> None:
 PREPARE: dict[str, Callable[[Path, Path], None]] = {
     "benchmarks.md": benchmarks,
     "conversion.md": conversion,
+    "inference.md": inference,
     "vocabularies.md": vocabularies,
     "mixtures.md": mixtures,
     "scaling.md": scaling,

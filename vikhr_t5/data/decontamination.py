@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from vikhr_t5.data.records import read_rows, source_files
 from vikhr_t5.data.task_texts import TaskExample, read_task
 from vikhr_t5.errors import UserError, nearest
-from vikhr_t5.files import write_text_atomic
+from vikhr_t5.files import check_file, write_text_atomic
 from vikhr_t5.progress import Progress, human
 
 NGRAM, SHORTEST = 13, 8  # words; a shorter n-gram is a turn of phrase
@@ -35,6 +35,8 @@ Row = dict[str, Any]
 
 
 # ---- evaluation sets -------------------------------------------------------------------------------------------------
+
+SPLIT = re.compile(r"(?:^|[-_./])(train|validation|val|dev|test)(?=[-_./]|$)")  # in names of files and folders
 
 
 class EvaluationSet(NamedTuple):
@@ -90,7 +92,7 @@ def read_items(name: str, data_dir: str | os.PathLike[str] | None = None) -> Ite
     Args:
         name: of `SETS`.
         data_dir: the folder that has it: as NAME.jsonl or NAME.parquet, or as a folder NAME or DATASET[/CONFIG] of such
-            files or saved by `datasets`; files named train… or dev… are not read. None: it is read from the hub.
+            files or saved by `datasets`; but for files whose names say train or dev. None: it is read from the hub.
 
     Raises:
         UserError: an unknown set; it is not there; a row lacks a field, or cannot be read.
@@ -108,6 +110,12 @@ def read_items(name: str, data_dir: str | os.PathLike[str] | None = None) -> Ite
             raise UserError(f"{where} is no row of {name} ({type(error).__name__}: {error})") from None
 
 
+def split_of(label: str) -> str | None:
+    """The split that a file's name or folders say; the last one where there are several."""
+    found = SPLIT.findall(label)
+    return found[-1] if found else None
+
+
 def _local_rows(name: str, published: EvaluationSet, data_dir: Path) -> Iterator[tuple[str, Row]]:
     folders = [data_dir / name, data_dir / published.dataset / (published.config or "")]
     files = sorted(str(file) for file in data_dir.glob(f"{name}.*"))
@@ -115,7 +123,7 @@ def _local_rows(name: str, published: EvaluationSet, data_dir: Path) -> Iterator
         if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
             return _saved_rows(folder, published)
         files = source_files(str(folder))
-    used = [file for file in files if not Path(file).name.startswith(("train", "dev"))]
+    used = [file for file in files if split_of(os.path.relpath(file, data_dir)) not in ("train", "dev")]
     if not used:
         raise UserError(
             f"no evaluation set {name} in {data_dir}: put {name}.jsonl or {name}.parquet there, or its files into"
@@ -401,7 +409,8 @@ def _excerpt(text: str, ngram: str) -> str:
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
-    """UserError for a report whose name ends neither in .json nor in .html."""
+    """UserError for a report whose name ends neither in .json nor in .html, or is a folder's."""
+    check_file(path)
     if Path(path).suffix not in (".json", ".html"):
         raise UserError(f"--output {path}: its name must end in .json or .html")
 

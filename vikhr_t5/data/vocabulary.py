@@ -24,7 +24,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from vikhr_t5.data.byte_vocabulary import PADDED_TO, ByteVocabulary
 from vikhr_t5.errors import UserError, nearest
-from vikhr_t5.files import atomic_path
+from vikhr_t5.files import atomic_path, check_file
 from vikhr_t5.remote import local_copy
 
 DEFAULT_MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]", "<LM>", "<SC1>", "<SC2>", "<SC3>", "<SC4>", "<SC5>", "<SC6>")
@@ -220,6 +220,22 @@ def open_vocabulary(source: str, extra_ids: int | None = None, default: int = 30
     return Vocabulary(source, default if extra_ids is None else extra_ids)
 
 
+def named_vocabulary(source: str | None, extra_ids: int | None, of: str = "") -> AnyVocabulary | None:
+    """The vocabulary that is named for a model of a format without one; None where none is. 100 sentinels, as t5x's.
+
+    Args:
+        of: what the two flags begin with, as in --old_vocabulary.
+
+    Raises:
+        UserError: sentinels of no vocabulary.
+    """
+    if source:
+        return open_vocabulary(source, extra_ids, default=100)
+    if extra_ids is not None:
+        raise UserError(f"--{of}extra_ids counts the sentinels of --{of}vocabulary: give both, or leave it out")
+    return None
+
+
 def vocabulary_files(vocabulary: AnyVocabulary) -> dict[str, bytes]:
     """Name -> content of the files of a `vocabulary/` folder, for `load_vocabulary`."""
     record = {"extra_ids": vocabulary.extra_ids, "fingerprint": vocabulary.fingerprint()}
@@ -289,10 +305,12 @@ def train_vocabulary(
         seed: of the sample.
 
     Raises:
-        UserError: no text, a file that is missing or not UTF-8, or a size that the text cannot give.
+        UserError: no text, a file that is missing or not UTF-8, a size that the text cannot give, or `output` is a
+            folder.
     """
     if model_type not in ("unigram", "bpe"):
         raise UserError(f'model_type is {model_type!r}; use "unigram" or "bpe"')
+    check_file(output)
     # Read in full first: SentencePiece would turn an error of the reader into one of its own.
     lines = list(read_lines(texts)) if max_lines is None else _sample(read_lines(texts), max_lines, random.Random(seed))
     if not lines:
