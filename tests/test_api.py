@@ -1,14 +1,19 @@
 """The Python interface and `vikhr-t5 infer` over files: blanks, modes, scores, formats, resuming, what is refused."""
 
 import dataclasses
+import datetime
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from random_params import enlarged_params
@@ -81,11 +86,18 @@ def test_filled_text_is_the_prompt_with_the_answer(words):
     # "<extra_id_1>ни": the span has no mark of a new word.
     blanks = prompts.blanks_of([*answer, words.eos_id, 77], prompt, words)
     assert prompts.shown(blanks, words) == ["кнопку мыши", "ни"]
-    filled = prompts.fill(prompt, blanks, words, words.mode_id("[NLU]"))
-    assert filled == "Нажмите кнопку мыши и сохраните документ."
+    assert prompts.fill(prompt, blanks, words) == "Нажмите кнопку мыши и сохраните документ."
     only = prompts.blanks_of(words.encode("<extra_id_1>ни"), prompt, words)
     assert prompts.shown(only, words) == [None, "ни"]
-    assert prompts.fill(prompt, only, words, words.mode_id("[NLU]")) == "Нажмите ___ и сохраните документ."
+    assert prompts.fill(prompt, only, words) == "Нажмите ___ и сохраните документ."
+
+
+def test_filled_text_keeps_what_the_vocabulary_does_not(words):
+    """Line breaks, spaces, signs that SentencePiece turns into others, and what a limit cuts off."""
+    text = "Строка 1.\nСтрока  ___, два…\n(___) № ½ конец ___"
+    prompt = prompts.encode(text, words, 12, truncate=True)
+    blanks = [words.encode("первая"), words.encode(" вода"), None]
+    assert prompts.fill(prompt, blanks, words) == "Строка 1.\nСтрока  первая, два…\n( вода) № ½ конец ___"
 
 
 def test_blanks_of_bytes():
@@ -93,7 +105,7 @@ def test_blanks_of_bytes():
     prompt = prompts.encode("a ___ b", words, 64)
     assert words.decode(prompt.ids) == "a <extra_id_0> b"
     blanks = prompts.blanks_of(words.encode("<extra_id_0>ёж<extra_id_1>"), prompt, words)
-    assert prompts.fill(prompt, blanks, words, None) == "a ёж b"
+    assert prompts.fill(prompt, blanks, words) == "a ёж b"
 
 
 def test_modes_have_several_names(words):
@@ -323,6 +335,65 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(model, tmp_path, monkeypa
         run("out.jsonl")
 
 
+def test_a_killed_run_goes_on_with_its_own_checkpoint_alone(stored, folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.txt").write_text("\n".join(real_texts(10)), encoding="utf-8")
+    run, hf = tmp_path / "run", shutil.copytree(folder, tmp_path / "hf")
+    convert.write_model(stored, run / "checkpoints/1", "vikhr")
+    monkeypatch.setattr(infer_files, "CHUNK_BATCHES", 1)
+    real = infer_files.answers
+
+    def dying(model, chunk, request, first):
+        if first:
+            raise Killed
+        return real(model, chunk, request, first)
+
+    def flags(path):
+        return path, "--input", tmp_path / "in.txt", "--output", tmp_path / f"{path.name}.jsonl"
+
+    monkeypatch.setattr(infer_files, "answers", dying)
+    for path in (run, hf):
+        with pytest.raises(Killed):
+            infer(*flags(path))
+    monkeypatch.setattr(infer_files, "answers", real)
+    capsys.readouterr()
+    convert.write_model(stored, run / "checkpoints/2", "vikhr")
+    assert infer(*flags(run)) == 2
+    assert f"begun with checkpoint '{run}/checkpoints/1', not '{run}/checkpoints/2'" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints/2")
+    assert infer(*flags(run)) == 0
+    os.utime(hf / "model.safetensors", (0, 0))  # exported again
+    assert infer(*flags(hf)) == 2
+    assert "hf.jsonl.partial was begun with checkpoint_files" in capsys.readouterr().err
+
+
+def standard_input(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    return [row for _, row in infer_files.rows_of("-")()]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\ufeffa\u2028b\r\n\nc\x85d\x0be\x0cf\n", '\ufeff{"inputs": "a\u2028b"}\r\n\n{"inputs": "c\x85d"}\n'],
+    ids=["txt", "jsonl"],
+)
+def test_standard_input_is_read_as_a_file_is(text, request, tmp_path, monkeypatch):
+    path = tmp_path / f"in.{request.node.callspec.id}"
+    path.write_bytes(text.encode())
+    from_file = [row for _, row in infer_files.rows_of(str(path))()]
+    assert standard_input(monkeypatch, text) == from_file
+    assert len(from_file) == 2
+
+
+def test_a_date_is_written_as_text(folder, tmp_path, capsys):
+    table = pa.table({"inputs": ["a"], "day": [datetime.date(2024, 2, 29)]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    for output in ("-", tmp_path / "out.jsonl"):
+        assert infer(folder, "--input", tmp_path / "in.parquet", "--output", output) == 0
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines()[:1])
+    assert line["day"] == "2024-02-29"
+    assert [line] == read(tmp_path / "out.jsonl")
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "said"),
     [
@@ -331,7 +402,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(model, tmp_path, monkeypa
         ('{"inputs": 5}\n', [], "in.jsonl:1: field 'inputs' is int, and text is wanted"),
         ('{"inputs": "a"}\n{"inputs": \n', [], "in.jsonl:2: not JSON"),
         ('{"inputs": "a"}\n', ["--score"], "in.jsonl:1 has no field 'targets'"),
-        ('{"inputs": "a", "targets": ["b", " "]}\n', ["--score"], "in.jsonl:1: field 'targets' has an entry"),
+        ('{"inputs": "a", "targets": ["b", " "]}\n', ["--score"], "in.jsonl:1: field 'targets' is blank, or has"),
+        ('{"inputs": "a", "targets": " "}\n', ["--score", "--no_eos"], "in.jsonl:1: field 'targets' is blank"),
+        ('{"inputs": "a\\ud83d"}\n', [], "in.jsonl:1: field 'inputs' holds \\ud83d"),
+        ('{"inputs": "a", "targets": "b"}\n', ["--score", "--temperature", "0"], "--temperature says how to answer"),
+        ('{"inputs": "a", "targets": "b"}\n', ["--score", "--seed", "0"], "--seed says how to answer"),
+        ('{"inputs": "a"}\n', ["--extra_ids", "0"], "--extra_ids counts the sentinels of --vocabulary"),
         ('{"inputs": "a"}\n', ["--mode", "Q"], "vikhr-t5: mode 'Q' is not in the vocabulary"),
         ('{"inputs": "a a a a"}\n' * 2, ["--max_input_length", "3"], "tokens, and the limit is 3"),
         ('{"inputs": "a"}\n', ["--beam", "2", "--top_k", "3"], "beam search draws nothing"),
@@ -345,6 +421,11 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(model, tmp_path, monkeypa
         "json",
         "no-targets",
         "blank-target",
+        "one-blank-target",
+        "half-a-pair",
+        "score-at-0",
+        "score-seed-0",
+        "extra-ids-0",
         "mode",
         "long",
         "beams-draw",

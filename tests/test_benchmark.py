@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
 
 from vikhr_t5 import benchmark, benchmark_models
 from vikhr_t5.benchmark_results import BENCHMARKS, DEFAULT
@@ -300,24 +303,49 @@ def test_log_likelihoods_of_an_encoder_decoder(t5):
             assert value == pytest.approx(logits.gather(2, targets[..., None]).sum().item(), abs=1e-4)
 
 
-def test_perplexity_is_of_bytes_whatever_the_tokenizer(mistral, t5):
-    """Bits per byte against a sum over the same pieces by hand; the other formulation has half of the bytes."""
-    (result,) = benchmark.benchmark([model_of(mistral)], ["perplexity_ru"], limit=6, batch_size=2)
+@pytest.fixture(scope="module")
+def mistral_with_bos(tmp_path_factory):
+    """Its tokenizer puts BOS before every text, as Mistral's own."""
+    folder = tiny_mistral.folder(tmp_path_factory.mktemp("models") / "mistral_with_bos")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "added"), [("mistral", [0, 0]), ("mistral_with_bos", [1, 0]), ("t5", [0, 1])])
+def test_perplexity_is_of_bytes_whatever_the_tokenizer(name, added, request):
+    """Bits per byte against a sum over the text's own pieces by hand: without what the tokenizer adds to them."""
+    folder = request.getfixturevalue(name)
+    (result,) = benchmark.benchmark([model_of(folder)], ["perplexity_ru"], limit=6, batch_size=2)
     loaded = benchmark.load("perplexity_ru")
     (task,) = loaded.tasks.values()
     texts = [task.eval_docs[number]["text"] for number in range(6)]
     total = 0.0
-    with benchmark_models.opened(model_of(mistral), None, 1, None) as model:
+    with benchmark_models.opened(model_of(folder), None, 1, None) as model:
+        seq2seq = model.backend == "seq2seq"
         for text in texts:
-            ids = [model.prefix_token_id, *model.tokenizer(text).input_ids]
+            pieces = model.tokenizer(text, add_special_tokens=False).input_ids
+            whole = model.tokenizer(text).input_ids
+            assert whole[added[0] : len(whole) - added[1]] == pieces
+            assert len(whole) == len(pieces) + sum(added)
+            ids = [model.prefix_token_id, *pieces]
             for start in range(1, len(ids), model.max_length):  # windows that do not overlap, each after one token
                 window = torch.tensor([ids[start - 1 : start + model.max_length]])
+                begun = torch.nn.functional.pad(window[:, 1:-1], (1, 0))
+                read = {"input_ids": window[:, :1], "decoder_input_ids": begun} if seq2seq else window[:, :-1]
                 with torch.no_grad():
-                    logits = model.model(window[:, :-1]).logits.log_softmax(-1)
+                    logits = (model.model(**read) if seq2seq else model.model(read)).logits.log_softmax(-1)
                 total -= logits.gather(2, window[:, 1:, None]).sum().item()
     size = sum(len(text.encode()) for text in texts)
-    assert result.value == pytest.approx(total / math.log(2) / size, rel=1e-3)
+    assert result.value == pytest.approx(total / math.log(2) / size, rel=1e-4)
     assert result.stderr > 0
+
+
+def test_perplexity_of_second_halves(t5):
+    (task,) = benchmark.load("perplexity_ru").tasks.values()
     (halves,) = benchmark.benchmark([model_of(t5)], ["perplexity_ru_seq2seq"], limit=6)
     assert halves.items == 6
     assert halves.value > 0
@@ -387,6 +415,26 @@ def test_an_equal_evaluation_is_not_computed_again(data_dir, t5, tmp_path, monke
     other = benchmark_sets.write(tmp_path / "other", xnli_ru=rows)
     assert benchmark.benchmark(models, ["xnli_ru"], **{**arguments, "data_dir": other}) != first
     assert len(loads) == 2
+
+
+def test_what_commands_write_below_a_model_is_no_part_of_it(t5, tmp_path):
+    folder = shutil.copytree(t5, tmp_path / "model")
+    before = model_of(folder).fingerprint
+    (folder / "results").mkdir()
+    (folder / "results" / "xnli_ru.json").write_text("{}")
+    assert model_of(folder).fingerprint == before
+    os.utime(folder / "model.safetensors", (0, 0))
+    assert model_of(folder).fingerprint != before
+
+
+def test_a_run_is_its_newest_checkpoint(tmp_path):
+    found = []
+    for step in ("1", "2"):
+        checkpoint = benchmark_sets.tiny_t5(tmp_path / "run/checkpoints" / step, form="vikhr")
+        assert model_of(tmp_path / "run") == model_of(checkpoint, "run")
+        found.append(model_of(tmp_path / "run"))
+    assert [model.path.name for model in found] == ["1", "2"]
+    assert found[0].fingerprint != found[1].fingerprint
 
 
 def test_a_fingerprint_does_not_depend_on_the_process(data_dir):

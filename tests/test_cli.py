@@ -71,7 +71,12 @@ def test_bad_command_lines(capfd):
     )
     assert "--size" in bad_input(capfd, "vocab", "train", "--input", "a", "--output", "b", "--size", "many")
     assert "VIKHR_T5_VOCABULARY" in bad_input(capfd, "cache", "--mixture", "demo_ul2")
-    assert "--to" in bad_input(capfd, "convert", "--from", "vikhr", "a", "b")
+    convert = ["convert", "--from", "vikhr", "a", "b"]
+    assert "--to" in bad_input(capfd, *convert)
+    assert "--extra_ids counts the sentinels of --vocabulary" in bad_input(capfd, *convert, "--to=hf", "--extra_ids=0")
+    swap = ["vocab", "swap", "--from=hf", "--to=vikhr", "a", "b", "--vocabulary=bytes", "--old_extra_ids=0"]
+    assert "--old_extra_ids counts the sentinels of --old_vocabulary" in bad_input(capfd, *swap)
+    assert "--seed is not for --gin_file" in bad_input(capfd, "infer", "--gin_file=a.gin", "--seed=0")
 
 
 def test_bad_launches(capfd):

@@ -104,7 +104,28 @@ def test_another_configuration_is_evaluated_anew(evaluate, tmp_path, capfd):
     evaluate(config_text="A = 2")
     assert "is of another configuration: all checkpoints are evaluated" in capfd.readouterr().err
     lines = (tmp_path / "out/inference_eval/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [6, 6]
+    assert [json.loads(line)["step"] for line in lines] == [6]
+
+
+def test_an_interrupted_evaluation_takes_nothing_of_the_configuration_before(evaluate, tmp_path, capfd, monkeypatch):
+    evaluate()
+    real, calls = inference.restored_params, []
+
+    def restored(model, partitioner, path, dtype):
+        calls.append(int(path.name))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(model, partitioner, path, dtype)
+
+    monkeypatch.setattr(inference, "restored_params", restored)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config_text="A = 2")
+    capfd.readouterr()
+    assert list(evaluate(config_text="A = 2")) == [2, 4, 6]
+    assert calls == [2, 4, 4, 6]
+    assert capfd.readouterr().err.splitlines()[0] == "step 2 is there already"
+    lines = (tmp_path / "out/inference_eval/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
 
 
 def test_what_is_refused(evaluate, tmp_path):

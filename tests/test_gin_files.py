@@ -14,7 +14,7 @@ from vikhr_t5 import infer as infer_script
 from vikhr_t5.data.vocabulary import train_vocabulary
 from vikhr_t5.devices import KINDS as ALL_KINDS
 from vikhr_t5.plan_time import utilisation
-from vikhr_t5.train import loop
+from vikhr_t5.train import checkpoint_files, loop
 
 GIN = gin_files.gin_folder()
 KINDS = {kind.name: kind for kind in ALL_KINDS}
@@ -217,6 +217,18 @@ def test_dry_run_shows_model_data_mesh_memory(vocabulary_file):
     assert "demo_ul2/train" in text
     assert "not cached" in text
     assert "8 rows" in text
+
+
+def test_dry_run_counts_from_the_checkpoint(vocabulary_file, tmp_path):
+    """TRAIN_STEPS includes the steps of the initial checkpoint; TRAIN_STEPS_RELATIVE counts from there."""
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "progress.json").write_text('{"step": 20, "first_step": 0}')
+    checkpoint_files.seal(tmp_path / "stage1")
+    given = ["CACHE_DIR='never/made'", f"INITIAL_CHECKPOINT_PATH='{tmp_path}/stage1'", f"MODEL_DIR='{tmp_path}/run'"]
+    for steps in ("TRAIN_STEPS=30", "TRAIN_STEPS_RELATIVE=10"):
+        arguments = resolve([TINY, "runs/finetune.gin"], vocabulary_file, *given, steps)
+        rows = dict(dry_run._run(arguments))
+        assert rows["steps"] == "10, from 20 to 30"
 
 
 def test_dry_run_memory_is_that_of_the_arrays(vocabulary_file):

@@ -1,6 +1,7 @@
 """benchmarks/gpu_step.py on a machine without a GPU: it refuses, and all of it but the card works."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_step.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(SCRIPT), *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_without_a_gpu_it_refuses_in_one_line():

@@ -107,6 +107,15 @@ def test_settings_that_exclude_each_other_are_refused(settings, said):
         inference.Decoding(**settings)
 
 
+@pytest.mark.parametrize("seed", [0, 5, 3_000_000_000, 2**32 - 1])
+def test_draws_are_keyed_by_seed_input_and_answer(checkpoint, seed):
+    settings = inference.Decoding(temperature=1.0, num_samples=2, seed=seed)
+    keys = predictor(checkpoint, 2)._draws(settings, [7, 9], 2).keys
+    fold = jax.random.fold_in
+    expected = [fold(fold(jax.random.key(np.uint32(seed)), number), answer) for number in (7, 9) for answer in (0, 1)]
+    np.testing.assert_array_equal(*(jax.random.key_data(several) for several in (keys, jnp.stack(expected))))
+
+
 def test_parameters_are_rounded_where_that_is_asked_for(checkpoint):
     exact, rounded = (predictor(checkpoint, 2, dtype=dtype).params for dtype in ("float32", "bfloat16"))
     differ = jax.tree.map(lambda a, b: bool((a != b).any()), exact, rounded)

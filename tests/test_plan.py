@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,14 @@ import pytest
 from tiny_run import dataset_config, tiny_model
 
 from vikhr_t5 import cli, launch
-from vikhr_t5.devices import KINDS, parse_devices
+from vikhr_t5.devices import KINDS, device_kind, parse_devices
 from vikhr_t5.errors import UserError
-from vikhr_t5.plan import REMAT_POLICIES, Planner, Settings, settings_of
+from vikhr_t5.plan import REMAT_POLICIES, Choice, Fit, Plan, Planner, Settings, settings_of
 from vikhr_t5.plan_compile import Compiled
 from vikhr_t5.plan_flops import matmul_flops
-from vikhr_t5.plan_memory import activations, batch_shapes, state_bytes, with_config
-from vikhr_t5.plan_time import schedule
+from vikhr_t5.plan_memory import Memory, activations, batch_shapes, state_bytes, with_config
+from vikhr_t5.plan_report import GIB, Command, Report, Usable, usable
+from vikhr_t5.plan_time import schedule, utilisation
 from vikhr_t5.train import loop, optimizers
 from vikhr_t5.train.adamw import AdamW
 from vikhr_t5.train.partitioning import Partitioner
@@ -60,6 +62,31 @@ def test_unknown_devices(text):
         parse_devices(text)
 
 
+@pytest.mark.parametrize(
+    ("shown", "name"),
+    [("NVIDIA L4", "L4-24GB"), ("NVIDIA L40S", "L40S-48GB"), ("NVIDIA L40", None), ("NVIDIA A10", "A10-24GB"),
+     ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("NVIDIA A100-SXM4-80GB", "A100-80GB"), ("NVIDIA A40", None),
+     ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+     ("Tesla V100-SXM2-32GB", "V100-32GB"), ("Tesla V100-SXM2-16GB", "V100-16GB"),
+     ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("NVIDIA RTX A6000", None), ("cpu", None)],
+)  # fmt: skip
+def test_a_device_is_of_the_kind_whose_words_its_name_has(shown, name):
+    assert device_kind(shown) == (KIND[name] if name else None)
+
+
+def test_a_card_that_is_not_in_the_table_has_its_own_memory(monkeypatch):
+    """Not this machine's, as a CPU has; one that does not say how much it has is refused."""
+    stats = {"bytes_limit": 36 * GIB}
+    card = SimpleNamespace(device_kind="NVIDIA RTX A6000", memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert usable(None).bytes == 35 * GIB
+    assert "assumed" in utilisation(None, "bfloat16", 10**9, None)[1]
+    stats.clear()
+    with pytest.raises(UserError, match="NVIDIA RTX A6000 is not in the table"):
+        usable(None)
+
+
 def test_matmul_flops_of_loops_are_those_of_the_unrolled_program():
     """XLA counts the unrolled one; of a loop it counts the body once."""
     weights, x = jnp.ones((5, 16, 16)), jnp.ones((8, 16))
@@ -85,6 +112,12 @@ def test_executed_flops_are_the_models_and_what_remat_adds():
     flops = [activations(with_config(model, remat_policy=name), 24, 12).flops / one for name in REMAT_POLICIES]
     assert 1 <= flops[0] < 1.15
     assert flops[0] < flops[1] <= flops[2] < flops[0] + 1 / 3
+
+
+def test_the_kernels_flops_are_those_of_plain_attention():
+    model = with_config(tiny_model(), dropout_rate=0.0, head_dim=16)
+    plain, fused = (activations(with_config(model, attention=name), 200, 130).flops for name in ("plain", "fused"))
+    assert fused == plain
 
 
 def test_state_is_that_of_the_arrays():
@@ -149,7 +182,7 @@ def test_the_compiler_has_the_last_word(planner):
     def compiler(factor):
         def compile_flags(flags):
             asked.append(list(flags))
-            return Compiled("XLA", True, 0, 0, int(factor * needs), 0.0, 0, False)
+            return Compiled("XLA", True, 0, 0, int(factor * needs), 0, False)
 
         return compile_flags
 
@@ -159,8 +192,50 @@ def test_the_compiler_has_the_last_word(planner):
     assert planner.plan().best.compiled.peak == needs
     assert asked == [[]]
     planner.compile_flags = compiler(1.5)
-    assert planner.plan().best is None
+    nothing = planner.plan()
+    assert nothing.best is None
     assert any("num_microbatches" in " ".join(flags) or "num_fsdp" in " ".join(flags) for flags in asked)
+    assert not any(choice.fits for choice in nothing.choices)
+    assert all(choice.fit.needs > planner.usable for choice in nothing.choices)
+
+
+def test_the_shortfall_is_by_the_compiler(planner):
+    """By the plan's own figures, 19 GiB, it fits."""
+    peak = Compiled("XLA", True, 0, 0, int(20.9 * GIB), 0, False)
+    held = Memory(5 * GIB, 10 * GIB, GIB, 3 * GIB, 0)
+    fit = Fit(planner.given, {"data": 4, "fsdp": 1, "tensor": 1}, held, 1e12, peak)
+    plan = Plan(None, "", None, [Choice(planner.given.optimizer, "float32", fit, False)])
+    given = {"model": planner.model, "train_dataset_cfg": planner.config}
+    room, command = Usable(20 * GIB, ""), Command((), (), ())
+    text = Report(plan, given, planner.kind, 4, room, command, planner.given, 1, "", None).as_text()
+    assert "smallest: 20.9 GiB, 0.9 too much" in text
+    assert "8 such devices with fsdp would do" in text
+    assert "   20.9  does not fit, says the compiler" in text
+
+
+def test_given_settings_that_fit_by_the_compiler_are_kept(planner):
+    """Whether by the plan's own figures nothing does, or what is better does and the compiler refuses it."""
+    compiled = Compiled("XLA", True, 0, 0, 0, 0, False)
+    usual = planner.given
+    planner.usable = 1e4
+    planner.compile_flags = lambda flags: dataclasses.replace(compiled, peak=int(2e4 if flags else 5e3))
+    plan = planner.plan()
+    assert not plan.choices[0].fits
+    assert plan.best is plan.given
+    planner.usable, planner.given = 1e9, dataclasses.replace(usual, remat_policy="layer_inputs")
+    planner.compile_flags = lambda flags: dataclasses.replace(compiled, peak=int(2e9 if flags else 5e8))
+    plan = planner.plan()
+    assert plan.best is plan.given
+    planner.given = usual
+
+
+def test_a_mesh_that_does_not_use_the_devices_is_refused_and_reset(planner):
+    fixed = Planner(arguments(planner.model, 64, num_data=1), planner.kind, 4, 1e9, None)
+    plan = fixed.plan()
+    assert plan.given is None
+    assert "1 x 1 x 1 does not use 4 device(s)" in plan.refused
+    assert plan.best.settings.flags(fixed.given) == ["--gin.partitioning.Partitioner.num_data=-1"]
+    assert Planner(arguments(planner.model, 64, num_data=4), planner.kind, 4, 1e9, None).plan().given is not None
 
 
 def test_time_and_cost_are_arithmetic():
@@ -200,7 +275,7 @@ def test_v100_is_planned_in_float32_and_the_command_is_that_plan(capfd):
 )
 def test_flags_of_any_settings_are_flags_of_train(optimizer):
     wanted = Settings(2, 2, 4, "layer_inputs", "bfloat16", "bfloat16", optimizer)
-    given = Settings(1, 1, 1, "everything", "float32", "float32", AdamW(rms_scaled=True))
+    given = Settings(1, 1, 1, "everything", "float32", "float32", AdamW(rms_scaled=True), num_data=1)
     vocabulary = ROOT / "tests/reference/vocabulary/ru924.model"
     bindings = [flag.removeprefix("--gin.") for flag in wanted.flags(given)]
     launch.load(TINY[1:3][0].split("=")[1:] + TINY[2].split("=")[1:], [

@@ -10,11 +10,12 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 
 from vikhr_t5 import prompts
-from vikhr_t5.data.vocabulary import AnyVocabulary, open_vocabulary
+from vikhr_t5.data.vocabulary import AnyVocabulary, named_vocabulary
 from vikhr_t5.errors import UserError
 from vikhr_t5.inference import Decoding, Predictor, Tokens
 from vikhr_t5.model import network
@@ -127,7 +128,7 @@ class TextModel:
         numbers = range(first, first + len(asked))
         found = self._predictor.generate([prompt.ids for prompt in asked], decoding, max_length, numbers)
         return [
-            Prediction([self._answer(prompt, tokens, mode) for tokens in several])
+            Prediction([self._answer(prompt, tokens) for tokens in several])
             for prompt, several in zip(asked, found, strict=True)
         ]
 
@@ -165,7 +166,7 @@ class TextModel:
         for id, log_probability in tokens:
             ids.append(id)
             log_probabilities.append(log_probability)
-            yield self._answer(prompt, Tokens(ids[:], log_probabilities[:]), mode)
+            yield self._answer(prompt, Tokens(ids[:], log_probabilities[:]))
 
     def score(
         self,
@@ -208,12 +209,12 @@ class TextModel:
     def _mode(self, name: str | None) -> int | None:
         return None if name is None else prompts.mode_id(name, self.vocabulary)
 
-    def _answer(self, prompt: Prompt, tokens: Tokens, mode: str | None) -> Answer:
+    def _answer(self, prompt: Prompt, tokens: Tokens) -> Answer:
         answer = Answer(self.vocabulary.decode(tokens.ids), tokens.ids, tokens.log_probabilities)
         if not prompt.num_blanks:
             return answer
         blanks = prompts.blanks_of(tokens.ids, prompt, self.vocabulary)
-        filled = prompts.fill(prompt, blanks, self.vocabulary, self._mode(mode))
+        filled = prompts.fill(prompt, blanks, self.vocabulary)
         return dataclasses.replace(answer, blanks=prompts.shown(blanks, self.vocabulary), filled=filled)
 
 
@@ -238,14 +239,14 @@ def load(
             MAX_INPUT_LENGTH.
 
     Raises:
-        UserError: the model cannot be read, has no vocabulary, or one of another size.
+        UserError: the model cannot be read, has no vocabulary, or one of another size; `extra_ids` alone.
     """
     require_own("conversion")
     from conversion import convert, stored
 
-    source = local_copy(os.fspath(path), "or give a local copy")
-    given = None if vocabulary is None else open_vocabulary(vocabulary, extra_ids, default=100)
-    model = convert.open_model(source, convert.format_of(source), given)
+    given = named_vocabulary(vocabulary, extra_ids)
+    source_format, source = find(path)
+    model = convert.open_model(source, source_format, given)
     words = model.vocabulary
     if words is None:
         raise UserError(
@@ -270,6 +271,14 @@ def load(
         params = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
     predictor = Predictor(params, config, words, partitioner, -(-batch_size // unit) * unit)
     return TextModel(predictor, max_input_length or trained_length(source) or MAX_INPUT_LENGTH)
+
+
+def find(path: str | os.PathLike[str]) -> tuple[str, Path]:
+    """(format, folder) of what `load` reads: of a run, its newest checkpoint; of a URL, the local copy."""
+    require_own("conversion")
+    from conversion import convert
+
+    return convert.find(local_copy(os.fspath(path), "or give a local copy"))
 
 
 def trained_length(path: str | os.PathLike[str]) -> int | None:

@@ -1,7 +1,6 @@
 """Models for lm-eval: what a folder holds, and lm-eval's Hugging Face backend, with our progress, counting its cuts."""
 
 import contextlib
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
 from vikhr_t5.errors import UserError
+from vikhr_t5.fingerprint import fingerprint
 from vikhr_t5.packages import require_own
 from vikhr_t5.progress import Progress
 
@@ -28,7 +28,7 @@ class ModelFolder:
 
     Attributes:
         name: of its column.
-        path: a Hugging Face model's folder, or a run folder or checkpoint of vikhr-t5.
+        path: a Hugging Face model's folder, or a checkpoint of vikhr-t5: of a run, its newest.
         is_run: it is the latter, and is converted for the time of the evaluation.
         seq2seq: an encoder-decoder.
         fingerprint: of configuration, tokenizer and weights; weights by name, size and time of their last change.
@@ -55,13 +55,12 @@ def find_model(source: str) -> ModelFolder:
     if (path / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds adapters: vikhr-mistral merge makes a whole model of them")
     if (path / "config.json").is_file():
-        return ModelFolder(name, path, False, _is_seq2seq(path), _fingerprint(path, path))
+        return ModelFolder(name, path, False, _is_seq2seq(path), fingerprint(path))
     require_own("conversion")
     from conversion import convert
-    from vikhr_t5.train.checkpoint_files import find_checkpoint
 
     try:
-        kind = convert.format_of(path)
+        kind, checkpoint = convert.find(path)
     except UserError as error:
         raise UserError(
             f"{folder} is no model: no config.json of Hugging Face, and no run of vikhr-t5 ({error})"
@@ -70,7 +69,7 @@ def find_model(source: str) -> ModelFolder:
         raise UserError(
             f"{folder} is a checkpoint of t5x: vikhr-t5 convert --from t5x --to hf {folder} DST --vocabulary F"
         )
-    return ModelFolder(name, path, True, True, _fingerprint(find_checkpoint(path), path))
+    return ModelFolder(name, checkpoint, True, True, fingerprint(checkpoint))
 
 
 def _is_seq2seq(folder: Path) -> bool:
@@ -87,16 +86,6 @@ def _is_seq2seq(folder: Path) -> bool:
     raise UserError(
         f"{folder} is a {kind}: neither an encoder-decoder nor a causal language model, no text can be scored"
     )
-
-
-def _fingerprint(folder: Path, root: Path) -> str:
-    digest = hashlib.sha256(str(root.resolve()).encode())
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        state = file.stat()
-        digest.update(f"{file.relative_to(folder)} {state.st_size} {state.st_mtime_ns}\n".encode())
-        if file.suffix == ".json":
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -140,6 +129,8 @@ class Model(HFLM):
         UserError: the folder cannot be loaded, or its tokenizer has more pieces than the model has rows.
     """
 
+    add_bos_token: bool | None  # lm-eval's: None: what the tokenizer adds
+
     def __init__(self, name: str, folder: Path, dtype: str | None, batch_size: int, max_length: int | None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -182,11 +173,16 @@ class Model(HFLM):
             return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        with self._progress(requests):
-            found: list[float] = []
-            for start in range(0, len(requests), self.batch_size):  # in one call it would answer only at its end
-                found += super().loglikelihood_rolling(requests[start : start + self.batch_size], disable_tqdm=True)
-            return found
+        """Of the text's tokens alone: what a tokenizer adds, BOS or EOS, is no part of it."""
+        found: list[float] = []
+        default, self.add_bos_token = self.add_bos_token, False
+        try:
+            with self._progress(requests):
+                for start in range(0, len(requests), self.batch_size):  # in one call it would answer only at its end
+                    found += super().loglikelihood_rolling(requests[start : start + self.batch_size], disable_tqdm=True)
+        finally:
+            self.add_bos_token = default
+        return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         for context, settings in (request.args for request in requests):

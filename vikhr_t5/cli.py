@@ -137,12 +137,9 @@ def _eval(flags: argparse.Namespace) -> None:
 def _convert(flags: argparse.Namespace) -> int:
     require_own("conversion")
     from conversion import convert
+    from vikhr_t5.data.vocabulary import named_vocabulary
 
-    vocabulary = None
-    if flags.vocabulary:
-        from vikhr_t5.data.vocabulary import open_vocabulary
-
-        vocabulary = open_vocabulary(flags.vocabulary, flags.extra_ids, default=100)
+    vocabulary = named_vocabulary(flags.vocabulary, flags.extra_ids)
     model = convert.open_model(flags.source, flags.from_format, vocabulary)
     convert.write_model(
         model,

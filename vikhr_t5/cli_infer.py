@@ -1,12 +1,12 @@
 """The command `vikhr-t5 infer`, in its two forms: t5x's, over a seqio task, and over a file or standard input."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 from vikhr_t5.cli_gin import gin_command, run_on_checkpoint
 from vikhr_t5.errors import UserError
+from vikhr_t5.fingerprint import fingerprint
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -60,7 +60,8 @@ _DRAWING = ("beam", "temperature", "top_k", "top_p", "num_samples", "seed", "len
 
 
 def _infer(flags: argparse.Namespace) -> None:
-    given = [name for name in flags.of_files if getattr(flags, name) not in (None, False)]
+    values = {name: getattr(flags, name) for name in flags.of_files}
+    given = [name for name, value in values.items() if value is not None and value is not False]  # 0 == False
     if flags.gin_file:
         if given:
             raise UserError(f"--{given[0]} is not for --gin_file, which says all by bindings: leave one of both out")
@@ -106,8 +107,10 @@ def _infer_files(flags: argparse.Namespace, given: list[str]) -> None:
         raise UserError(f"{output} is there already: remove it, or choose another --output")
     rows = infer_files.rows_of(flags.input)
     batch_size, dtype = flags.batch_size or 8, flags.dtype or "float32"
+    _, checkpoint = api.find(flags.checkpoint)
+    files = fingerprint(checkpoint)
     model = api.load(
-        flags.checkpoint,
+        checkpoint,
         vocabulary=flags.vocabulary,
         extra_ids=flags.extra_ids,
         dtype=dtype,
@@ -115,7 +118,8 @@ def _infer_files(flags: argparse.Namespace, given: list[str]) -> None:
         max_input_length=flags.max_input_length,
     )
     settings = {
-        "checkpoint": os.path.abspath(flags.checkpoint),
+        "checkpoint": str(checkpoint),
+        "checkpoint_files": files,
         "vocabulary": model.vocabulary.fingerprint(),
         "max_input_length": model.max_input_length,
         "dtype": dtype,

@@ -139,9 +139,6 @@ def _vocab_swap(flags: argparse.Namespace, extend: bool = False) -> None:
     from conversion import vocabulary_change
     from vikhr_t5.data import vocabulary
 
-    old = None
-    if flags.old_vocabulary:
-        old = vocabulary.open_vocabulary(flags.old_vocabulary, flags.old_extra_ids, default=100)
     vocabulary_change.change(
         flags.source,
         flags.from_format,
@@ -149,7 +146,7 @@ def _vocab_swap(flags: argparse.Namespace, extend: bool = False) -> None:
         flags.to_format,
         vocabulary.open_vocabulary(flags.vocabulary, flags.extra_ids),
         extend=extend,
-        old_vocabulary=old,
+        old_vocabulary=vocabulary.named_vocabulary(flags.old_vocabulary, flags.old_extra_ids, "old_"),
         texts=vocabulary.read_lines([Path(flags.text)]) if flags.text else (),
         dtype=flags.dtype,
     )

@@ -15,7 +15,7 @@ class DeviceKind:
 
     Attributes:
         name: as people write it, "H100-80GB"; of TPUs the prefix of a slice's name, "v4".
-        prefixes: how jax's `device_kind` and torch's `get_device_name` begin.
+        prefixes: how jax's `device_kind` and torch's `get_device_name` begin, in whole words.
         bfloat16_tflops: dense matmul peak. Of cards that lack bfloat16 (V100, T4) it is float16's, which T5 cannot
             use; MFU is against this figure whatever the compute type.
         float32_tflops: what XLA makes of float32 matmuls at its default precision: TF32 from Ampere on, one bfloat16
@@ -67,9 +67,9 @@ KINDS = (
     DeviceKind("V100-32GB", V100_32GB, 125, 15.7, 31.7, 0.80, "7.0", False),
     DeviceKind("V100-16GB", ("Tesla V100",), 125, 15.7, 15.8, 0.55, "7.0", False),
     DeviceKind("T4-16GB", ("Tesla T4",), 65, 8.1, 14.6, 0.35, "7.5", False),
-    DeviceKind("v6e", ("TPU v6",), 918, 918, 31.25, 2.70),
-    DeviceKind("v5p", ("TPU v5p",), 459, 459, 95.7, 4.20, cores_in_name=2),
-    DeviceKind("v5e", ("TPU v5",), 197, 197, 15.75, 1.20),
+    DeviceKind("v6e", ("TPU v6 lite", "TPU v6e"), 918, 918, 31.25, 2.70),
+    DeviceKind("v5e", ("TPU v5 lite", "TPU v5e"), 197, 197, 15.75, 1.20),
+    DeviceKind("v5p", ("TPU v5p", "TPU v5"), 459, 459, 95.7, 4.20, cores_in_name=2),
     DeviceKind("v4", ("TPU v4",), 275, 275, 30.75, 3.22, cores_in_name=2),
     DeviceKind("v3", ("TPU v3",), 61.5, 61.5, 15.5, 1.00),
     DeviceKind("v2", ("TPU v2",), 22.5, 22.5, 7.5, 0.56),
@@ -78,8 +78,8 @@ KINDS = (
 
 def device_kind(name: str) -> DeviceKind | None:
     """The kind whose prefix `name` has, a `device_kind` of jax or a `get_device_name` of torch; None: not in the table
-    (a CPU)."""
-    return next((kind for kind in KINDS if name.startswith(kind.prefixes)), None)
+    (a CPU, or another card)."""
+    return next((kind for kind in KINDS for prefix in kind.prefixes if re.match(rf"{prefix}\b", name)), None)
 
 
 def data_sheet_tflops(name: str) -> float | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def show(arguments: Mapping[str, Any], console: Console | None = None) -> None:
     model, partitioner = arguments["model"], arguments["partitioner"]
     config, microbatches = arguments["train_dataset_cfg"], arguments["trainer"].num_microbatches or 1
     partitioner.check_batch_size(config.batch_size, microbatches)
-    evaluation = arguments.get("train_eval_dataset_cfg")
+    evaluation = arguments.get("train_eval_dataset_cfg") if arguments.get("eval_period", True) else None
     sections: dict[str, Rows] = {
         "model": _model(model),
         "data": _data(model, config),
@@ -96,30 +97,37 @@ def _data(model: EncoderDecoderModel, config: DatasetConfig) -> Rows:
 
 def _run(arguments: Mapping[str, Any]) -> Rows:
     model, config = arguments["model"], arguments["train_dataset_cfg"]
-    steps = arguments.get("relative_steps") or arguments["total_steps"]
+    origin, step, first = _origin(arguments["model_dir"], arguments["checkpoint_cfg"].restore)
+    relative = arguments.get("relative_steps")
+    end = arguments["total_steps"] if relative is None else first + relative
+    steps = max(end - step, 0)
     inputs, targets = config.task_feature_lengths["inputs"], config.task_feature_lengths["targets"]
     flops = model.config.flops_per_step(config.batch_size, inputs, targets)
     positions = config.batch_size * (inputs + targets)
     return [
         ("folder", arguments["model_dir"]),
-        ("starts from", _origin(arguments["model_dir"], arguments["checkpoint_cfg"].restore)),
-        (
-            "steps",
-            f"{steps:,} of {config.batch_size} rows = {human(positions)} tokens: {human(steps * positions)} in all",
-        ),
+        ("starts from", origin),
+        ("steps", f"{steps:,}, from {step:,} to {end:,}"),
+        ("tokens", f"{config.batch_size} rows = {human(positions)} a step, {human(steps * positions)} in all"),
         ("FLOPs", f"{human(flops)} a step, {human(steps * flops)} in all (matmuls, without recomputation)"),
     ]
 
 
-def _origin(model_dir: str, restore: RestoreCheckpointConfig | None) -> str:
-    """The loop's precedence: this run's own checkpoint, the initial one, fresh parameters."""
-    for path in (model_dir, restore.path if restore else None):
+def _origin(model_dir: str, restore: RestoreCheckpointConfig | None) -> tuple[str, int, int]:
+    """In words, its step, and the run's first step.
+
+    The loop's precedence: this run's own checkpoint, the initial one, fresh parameters.
+    """
+    for path, first in ((model_dir, "first_step"), (restore.path if restore else None, "step")):
         with contextlib.suppress(UserError):
             if path:
-                return str(find_checkpoint(path))
+                found = find_checkpoint(path)
+                progress = json.loads((found / "progress.json").read_text())
+                return str(found), progress["step"], progress[first]
     if restore is None or not restore.path:
-        return "fresh parameters"
-    return f"{restore.path}, {'converted first' if Path(restore.path).exists() else 'which is not there yet'}"
+        return "fresh parameters", 0, 0
+    state = "converted first" if Path(restore.path).exists() else "which is not there yet"
+    return f"{restore.path}, {state}: its step is taken for 0", 0, 0
 
 
 def _mesh(partitioner: Partitioner, batch_size: int, microbatches: int) -> Rows:

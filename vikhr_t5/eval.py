@@ -73,6 +73,8 @@ def evaluate(
     tasks = [
         _Task.open(task, dataset_cfg, num_examples) for task in task_examples.open_tasks(dataset_cfg, model.vocabulary)
     ]
+    if every and not done:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # else the next run takes its lines for this configuration's
     if config_text:
         write_text_atomic(folder.parent / "config.gin", config_text)
     folder.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from vikhr_t5.errors import UserError
 from vikhr_t5.inference import Decoding
 from vikhr_t5.progress import Progress
 from vikhr_t5.prompts import TooLong
-from vikhr_t5.resumable import ResumableOutput
+from vikhr_t5.resumable import ResumableOutput, json_line
 
 STANDARD = "-"  # standard input, standard output
 CHUNK_BATCHES = 16
@@ -65,7 +65,7 @@ def rows_of(source: str) -> Rows:
         is_text = split_suffix(source)[1] == ".txt"
         return (lambda: _of_lines(text_lines(source))) if is_text else (lambda: read_rows(source))
     try:
-        lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
+        lines = sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff").split("\n")  # as a file's
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not UTF-8 ({error.reason} at byte {error.start})") from None
     numbered = [(f"standard input:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -100,7 +100,7 @@ def run(model: TextModel, rows: Rows, output: str, request: Request, settings: d
         with Progress("answering", total, "rows") as bar:
             for first, chunk in chunks:
                 for line in answers(model, chunk, request, first):
-                    print(json.dumps(line, ensure_ascii=False))
+                    print(json_line(line))
                 sys.stdout.flush()
                 bar.advance(len(chunk))
     else:
@@ -183,12 +183,11 @@ def _scored(targets: list[Answer], request: Request) -> dict[str, Any]:
 
 
 def _targets(where: str, row: dict[str, Any]) -> list[str]:
-    if isinstance(row.get("targets"), list) and row["targets"]:
-        several = row["targets"]
-        if all(isinstance(target, str) and target.strip() for target in several):
-            return several
-        raise UserError(f"{where}: field 'targets' has an entry that is no text, or blank")
-    return [text_of(row, "targets", where)]
+    found = row.get("targets")
+    several = found if isinstance(found, list) and found else [text_of(row, "targets", where)]
+    if not all(isinstance(target, str) and target.strip() for target in several):
+        raise UserError(f"{where}: field 'targets' is blank, or has an entry that is no text, or blank")
+    return several
 
 
 def _chunks(rows: Iterable[Row], size: int) -> Iterator[tuple[int, list[Row]]]:

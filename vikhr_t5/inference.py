@@ -5,6 +5,7 @@ B rows, N answers of each, S source length, T target length.
 
 import dataclasses
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +128,8 @@ class Predictor:
         self.params, self.config, self.vocabulary = params, config, vocabulary
         self.partitioner, self.batch_size, self._loss_chunk_size = partitioner, batch_size, loss_chunk_size
         self._score = partitioner.jit(self._score_batch)
+        self._prepared: Any = None
+        self._preparing = threading.Lock()
 
     def generate(
         self, inputs: Sequence[Ids], decoding: Decoding, max_length: int, numbers: Sequence[int] | None = None
@@ -155,8 +158,11 @@ class Predictor:
         """
         if decoding.num_beams > 1:
             raise UserError("beam search gives no token before its end: stream greedily, or with a temperature")
+        with self._preparing:  # one copy of the decoder for all that stream at a time
+            if self._prepared is None:
+                self._prepared = jax.jit(model_decoding.prepare, static_argnums=1)(self.params, self.config)
         return model_decoding.stream(
-            self.params,
+            self._prepared,
             self.config,
             jnp.asarray(self._rows([inputs], rows=1)),
             max_length,
@@ -192,7 +198,7 @@ class Predictor:
         if not decoding.samples:
             return None
         padded = np.pad(np.asarray(numbers, np.uint32), (0, rows - len(numbers)))
-        keys = _keys(decoding.seed, padded, np.arange(decoding.num_samples, dtype=np.uint32))
+        keys = _keys(np.uint32(decoding.seed), padded, np.arange(decoding.num_samples, dtype=np.uint32))
         temperature = 1.0 if decoding.temperature is None else decoding.temperature
         return Sampling(keys, temperature, decoding.top_k, decoding.top_p)
 
@@ -274,7 +280,7 @@ def bucket(length: int) -> int:
 
 
 @jax.jit
-def _keys(seed: int, numbers: jax.Array, samples: jax.Array) -> jax.Array:
+def _keys(seed: jax.Array, numbers: jax.Array, samples: jax.Array) -> jax.Array:
     """[B*N] keys."""
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     of_inputs = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)

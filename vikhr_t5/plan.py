@@ -47,10 +47,12 @@ class Settings:
     dtype: str
     param_dtype: str
     optimizer: Any
+    num_data: int = -1
 
     def flags(self, given: "Settings") -> list[str]:
         """gin flags that turn a run with the `given` settings into this one."""
         names = {
+            "num_data": "partitioning.Partitioner.num_data",
             "num_fsdp": "partitioning.Partitioner.num_fsdp",
             "num_tensor": "partitioning.Partitioner.num_tensor",
             "num_microbatches": "step.Trainer.num_microbatches",
@@ -81,6 +83,7 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
         dtype=model.config.dtype,
         param_dtype=model.param_dtype,
         optimizer=model.optimizer,
+        num_data=partitioner.num_data,
     )
 
 
@@ -112,7 +115,8 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The best settings with one optimizer and type of parameters; `fits` is False if these are only the smallest."""
+    """The best settings with one optimizer and type of parameters; `fits` is False if these are only the smallest: by
+    `plan_memory`, or, where by it some do fit, by the compiler."""
 
     optimizer: Any
     param_dtype: str
@@ -165,28 +169,36 @@ class Planner:
             refused = str(error)
         dtype = self.given.dtype if self.kind is None or self.kind.has_bfloat16 else "float32"
         choices = [self._choose(dtype, optimizer, param_dtype) for optimizer, param_dtype in self._variants()]
-        best = next((choice for choice in choices if choice.fits), None)
+        kept = None
         if given is not None and self.given.dtype == dtype:
             given = self._with_compiler(given)
-            if given.needs <= self.usable and best and self._cost(best.fit) >= self._cost(given):
-                return Plan(given, refused, given, choices)
-        for choice in choices if self.compile_flags else ():
-            if choice.fits and (fit := self._compiled_fit(dtype, choice.optimizer, choice.param_dtype)):
-                return Plan(given, refused, fit, choices)
-        return Plan(given, refused, best.fit if best and not self.compile_flags else None, choices)
+            kept = given if given.needs <= self.usable else None
+        for number, choice in enumerate(choices):
+            # The first has the given optimizer and type of parameters: for no other is a run changed that fits.
+            if kept and (number > 0 or not choice.fits or self._cost(choice.fit) >= self._cost(kept)):
+                return Plan(given, refused, kept, choices)
+            tried = self._compiled_fits(dtype, choice) if choice.fits else []
+            if tried and tried[-1].needs <= self.usable:
+                best = kept if kept and self._cost(kept) <= self._cost(tried[-1]) else tried[-1]
+                return Plan(given, refused, best, choices)
+            if tried:
+                choices[number] = dataclasses.replace(choice, fit=min(tried, key=lambda fit: fit.needs), fits=False)
+        return Plan(given, refused, None, choices)
 
-    def _compiled_fit(self, dtype: str, optimizer: Any, param_dtype: str) -> Fit | None:
-        """The best that the compiler, too, says fits. Where it asks for more, so will it of other settings."""
-        fits, more = list(self._fitting(dtype, optimizer, param_dtype)), 1.0
+    def _compiled_fits(self, dtype: str, choice: Choice) -> list[Fit]:
+        """What was compiled, the best first, until one fits: the last. Where the compiler asks for more than
+        `plan_memory`, so will it of other settings."""
+        fits, more = list(self._fitting(dtype, choice.optimizer, choice.param_dtype)), 1.0
+        tried: list[Fit] = []
         for _ in range(COMPILED_TRIES):
             fit = next((fit for fit in fits if fit.memory.total * more <= self.usable), None)
             if fit is None:
                 break
-            fit = self._with_compiler(fit)
-            if fit.needs <= self.usable:
-                return fit
-            more = max(more * 1.01, fit.needs / fit.memory.total)
-        return None
+            tried.append(self._with_compiler(fit))
+            if tried[-1].needs <= self.usable:
+                break
+            more = max(more * 1.01, tried[-1].needs / fit.memory.total)
+        return tried
 
     def _with_compiler(self, fit: Fit) -> Fit:
         if self.compile_flags is None:
@@ -246,12 +258,13 @@ class Planner:
 
     def evaluate(self, s: Settings) -> Fit:
         """Settings by `plan_memory`. UserError where they do not suit the devices or the batch."""
-        if self.count % (s.num_fsdp * s.num_tensor):
+        data, rest = divmod(self.count, s.num_fsdp * s.num_tensor)
+        if rest or s.num_data not in (-1, data):
             raise UserError(
-                f"Partitioner.num_fsdp x num_tensor = {s.num_fsdp} x {s.num_tensor} does not divide"
-                f" {self.count} device(s)"
+                f"Partitioner's num_data x num_fsdp x num_tensor = {s.num_data} x {s.num_fsdp} x {s.num_tensor}"
+                f" does not use {self.count} device(s) exactly"
             )
-        mesh = dict(zip(MESH_AXES, (self.count // (s.num_fsdp * s.num_tensor), s.num_fsdp, s.num_tensor), strict=True))
+        mesh = dict(zip(MESH_AXES, (data, s.num_fsdp, s.num_tensor), strict=True))
         partitioner = dataclasses.replace(self.partitioner, num_data=-1, num_fsdp=s.num_fsdp, num_tensor=s.num_tensor)
         vars(partitioner)["mesh"] = AbstractMesh(tuple(mesh.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
         partitioner.check_batch_size(self.config.batch_size, s.num_microbatches)

@@ -20,7 +20,6 @@ import psutil
 from jax.experimental import topologies
 
 from vikhr_t5.devices import DeviceKind
-from vikhr_t5.plan_flops import matmul_flops
 from vikhr_t5.plan_memory import batch_shapes
 from vikhr_t5.train.partitioning import placed
 from vikhr_t5.train.step import zero_sums
@@ -36,14 +35,13 @@ TPU_SLICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What XLA says of one device: bytes, and matmul FLOPs of a step.
+    """What XLA says of one device, in bytes.
 
     Attributes:
         compiler: "XLA:GPU for H100-80GB", "XLA:CPU for 4 devices".
         exact: the compiler is that of the devices, so its temporaries are theirs.
         arguments, temporaries, peak: bytes; arguments stay (state, batch), results take their place, temporaries are
             the rest. `peak` is all of it.
-        flops: executed by one device in one step, recomputation too.
         baseline: bytes that the compiling process took with everything loaded and no array allocated; where the
             devices are this machine's CPU, the training process shows that and `peak`.
     """
@@ -53,7 +51,6 @@ class Compiled:
     arguments: int
     temporaries: int
     peak: int
-    flops: float
     baseline: int
     on_cpu: bool
 
@@ -112,8 +109,7 @@ def stand_ins(kind: DeviceKind, count: int) -> list[Any]:
 
 
 def _compile(arguments: Mapping[str, Any], compiler: str, exact: bool) -> Compiled:
-    traced = trace_step(arguments)
-    compiled = traced.lower().compile()
+    compiled = trace_step(arguments).lower().compile()
     bytes_of = compiled.memory_analysis()
     new_results = bytes_of.output_size_in_bytes - bytes_of.alias_size_in_bytes
     given, temporary = bytes_of.argument_size_in_bytes, bytes_of.temp_size_in_bytes
@@ -124,7 +120,6 @@ def _compile(arguments: Mapping[str, Any], compiler: str, exact: bool) -> Compil
         temporaries=temporary,
         # Not `peak_memory_in_bytes`: XLA:CPU's has no temporaries in it where arguments are donated.
         peak=given + temporary + new_results,
-        flops=matmul_flops(traced.jaxpr.jaxpr) / arguments["partitioner"].mesh.size,
         baseline=psutil.Process().memory_info().rss,
         on_cpu=jax.default_backend() == "cpu",
     )

@@ -11,6 +11,7 @@ import psutil
 
 from vikhr_t5.devices import DeviceKind
 from vikhr_t5.dry_run import optimizer_text
+from vikhr_t5.errors import UserError
 from vikhr_t5.plan import Choice, Fit, Plan, Settings, settings_of
 from vikhr_t5.plan_time import Schedule, schedule
 from vikhr_t5.progress import human
@@ -33,7 +34,20 @@ class Usable(NamedTuple):
 
 
 def usable(kind: DeviceKind | None) -> Usable:
-    """None: the CPU, whose device is this machine's memory."""
+    """None: the devices that are here, of no kind in the table; a CPU's memory is this machine's.
+
+    Raises:
+        UserError: an accelerator that does not say how much memory it has.
+    """
+    if kind is None and jax.default_backend() != "cpu":
+        device = jax.devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if limit is None:
+            raise UserError(
+                f"{device.device_kind} is not in the table of devices, and does not say how much memory it has:"
+                f" plan for devices like it, as --devices {jax.device_count()}xA100-80GB"
+            )
+        return Usable(limit - MARGIN * GIB, f"{limit / GIB:.1f} GiB that XLA takes, less {MARGIN:g} of margin")
     if kind is None:
         total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
         return Usable(free, f"{total / GIB:.1f} GiB of memory, {free / GIB:.1f} free now")
@@ -163,17 +177,17 @@ class Report:
         return f"{verdict}: {fit.needs / GIB:.1f} GiB; {_settings_text(fit)}"
 
     def _shortfall(self) -> list[str]:
-        choice = min(self.plan.choices, key=lambda one: one.fit.needs)
-        short = choice.fit.needs - self.usable.bytes
-        held = choice.fit.memory
-        split = held.parameters + held.gradients + held.optimizer
-        room = self.usable.bytes - (held.activations + held.logits)
+        fit = min((choice.fit for choice in self.plan.choices), key=lambda fit: fit.needs)
+        held, more = fit.memory, fit.needs / fit.memory.total  # the compiler may ask for more of each part
+        split = (held.parameters + held.gradients + held.optimizer) * more
+        room = self.usable.bytes - (held.activations + held.logits) * more
         enough = 2 ** ceil(log2(self.count * split / room)) if room > 0 else 0
-        more = f"{enough} such devices with fsdp" if enough else "shorter rows, or larger devices,"
+        wanted = f"{enough} such devices with fsdp" if enough else "shorter rows, or larger devices,"
+        short, how = (fit.needs - self.usable.bytes) / GIB, fit.settings
         return [
-            f"               smallest: {choice.fit.needs / GIB:.1f} GiB, {max(short, 0) / GIB:.1f} too much, with"
-            f" {optimizer_text(choice.optimizer)}, {choice.param_dtype} parameters; {_settings_text(choice.fit)}",
-            f"               {more} would do",
+            f"               smallest: {fit.needs / GIB:.1f} GiB, {short:.1f} too much, with"
+            f" {optimizer_text(how.optimizer)}, {how.param_dtype} parameters; {_settings_text(fit)}",
+            f"               {wanted} would do",
         ]
 
     def _choices(self) -> list[str]:
@@ -258,9 +272,9 @@ def _settings_text(fit: Fit) -> str:
 
 
 def _choice_text(choice: Choice) -> str:
-    if not choice.fits:
-        return f"{choice.fit.memory.total / GIB:7.1f}  does not fit; at least {_settings_text(choice.fit)}"
-    return f"{choice.fit.memory.total / GIB:7.1f}  {_settings_text(choice.fit)}"
+    refused = f"does not fit{', says the compiler' if choice.fit.compiled else ''}; at least "
+    verdict = "" if choice.fits else refused
+    return f"{choice.fit.needs / GIB:7.1f}  {verdict}{_settings_text(choice.fit)}"
 
 
 def _memory_lines(fit: Fit) -> list[str]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from vikhr_t5.devices import PRICES_ARE, DeviceKind
 
 
@@ -29,10 +31,10 @@ def utilisation(kind: DeviceKind | None, dtype: str, parameters: int, given: flo
     """(share of the peak in `dtype` that matmuls reach where nothing is computed twice, where it is from)."""
     if given is not None:
         return given, "--mfu"
-    if kind is None:
+    if kind is None and jax.default_backend() == "cpu":
         return CPU
     for one in MEASURED:
-        if kind.name.startswith(one.kind) and parameters >= one.parameters and dtype == one.dtype:
+        if kind and kind.name.startswith(one.kind) and parameters >= one.parameters and dtype == one.dtype:
             return one.mfu, f"measured: {one.source}"
     return ASSUMED[dtype], "assumed, not measured"
 

@@ -145,7 +145,8 @@ def _figures_of(run: Run, price: float | None) -> list[tuple[str, str]]:
 
 
 def _cost_of(run: Run, price: float | None) -> list[tuple[str, str]]:
-    """Device time and money so far, and at the run's end; all time on the clock counts, not training alone."""
+    """Device time and money so far, and at the run's end: of all time on the clock, not training alone, except lost
+    work (see `Run`)."""
     keys = []
     if run.device_hours:
         keys.append((duration(run.device_hours * 3600), "device time"))
@@ -155,7 +156,7 @@ def _cost_of(run: Run, price: float | None) -> list[tuple[str, str]]:
         end = datetime.datetime.fromtimestamp(run.last_time + remaining * 3600, datetime.UTC)
         keys.append((f"{end:%Y-%m-%d %H:%M}", "expected end, UTC"))
         if price is not None:
-            whole = run.device_hours + remaining * int(run.start.get("devices", 1))
+            whole = run.device_hours + remaining * run.devices
             keys.append((f"${whole * price:,.2f}", "expected in the end"))
     return keys
 

@@ -19,6 +19,11 @@ from vikhr_t5.errors import UserError
 from vikhr_t5.files import sync_directory, write_text_atomic
 
 
+def json_line(value: Any) -> str:
+    """As it is written; what JSON has no form for (a date of a Parquet file) as text."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 class ResumableOutput:
     """`with ResumableOutput(path, settings) as file:`, then for each part, in order, `file.write` unless `file.has`.
 
@@ -93,7 +98,7 @@ class ResumableOutput:
     def write(self, lines: Iterable[Any]) -> None:
         """The lines of the part that `has` was asked for; they are on the disk before the state that counts them."""
         for line in lines:
-            self._lines.write(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n")
+            self._lines.write(f"{json_line(line)}\n".encode())
         self._lines.flush()
         os.fsync(self._lines.fileno())
         state = self._record(self._sources.hexdigest(), self._lines.tell())

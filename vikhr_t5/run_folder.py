@@ -53,7 +53,9 @@ class Table:
 class Run:
     """A run folder, read. Axes are cumulated over the stages before it: step, tokens, hours.
 
-    seconds: on the clock, over all the times that the run was started: training, evaluations, checkpoints, start-up.
+    start: of its last start, except "step", which is the first one's.
+    device_seconds: on the clock, times the devices of each start: training, evaluations, checkpoints, start-up. Lost
+        work is not counted: a resume drops the lines after the checkpoint that it goes on from.
     last_time: of the last line, in seconds since 1970.
     """
 
@@ -63,7 +65,7 @@ class Run:
     vocabulary: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     finished: bool | None = None  # None: no end was written; it runs, or was killed
-    seconds: float = 0.0
+    device_seconds: float = 0.0
     last_time: float = 0.0
     train: Table = field(default_factory=Table)
     evals: dict[str, Table] = field(default_factory=dict)  # by task
@@ -91,13 +93,19 @@ class Run:
     @property
     def device_hours(self) -> float:
         """What the run took so far, of all its devices."""
-        return self.seconds / 3600 * int(self.start.get("devices", 1))
+        return self.device_seconds / 3600
+
+    @property
+    def devices(self) -> int:
+        return int(self.start.get("devices", 1))
 
     def remaining(self) -> float | None:
-        """Hours to its last step, at the pace so far; None where the run has ended, or its end is not known."""
+        """Hours to its last step with the devices that it has, at the pace of a device so far; None where the run has
+        ended, or its end is not known."""
         done = self.end[0] - self.begin[0]
         left = self.start.get("total_steps", 0) - (self.train.steps[-1] if len(self.train.steps) else math.inf)
-        return self.seconds / 3600 / done * left if self.finished is None and left > 0 and done > 0 else None
+        known = self.finished is None and left > 0 and done > 0
+        return self.device_hours / self.devices / done * left if known else None
 
     def axes_of(self, table: Table) -> np.ndarray:
         """[3, lines] of an evaluation's lines."""
@@ -122,17 +130,17 @@ def read_run(folder: Path) -> Run:
             setattr(run, name, json.loads((folder / file).read_text(encoding="utf-8")))
     for record in _lines(folder / "metrics.jsonl"):
         kind, now = record.get("kind"), float(record.get("time", 0.0))
+        if kind == "start":
+            run.start = {**record, "step": run.start.get("step", record["step"])}
+            run.finished = None
         # From one start to the next the clock runs up to the last line before it.
         passed = record.get("startup_seconds", 0.0) if kind == "start" else now - (run.last_time or now)
-        run.seconds += max(0.0, passed)
+        run.device_seconds += max(0.0, passed) * run.devices
         run.last_time = now
         if kind == "train":
             run.train.add(record)
         elif kind == "eval":
             run.evals.setdefault(str(record.get("task", "evaluation")), Table()).add(record)
-        elif kind == "start":
-            run.start = run.start or record
-            run.finished = None
         elif kind == "end":
             run.finished = bool(record.get("finished", True))
     run.samples = [record for record in _lines(folder / "samples.jsonl") if "input" in record]

@@ -10,7 +10,7 @@ from typing import Any
 from vikhr_t5 import eval as eval_script
 from vikhr_t5 import infer as infer_script
 from vikhr_t5.data import pipeline
-from vikhr_t5.t5x_adapters import NEVER, ONE_CHECKPOINT, EncoderDecoderModel, Restore, TerminateOnNanAction
+from vikhr_t5.t5x_adapters import ONE_CHECKPOINT, EncoderDecoderModel, Restore, TerminateOnNanAction
 from vikhr_t5.t5x_refusals import Refusal, accept, accept_stand_in, say, stands_for
 from vikhr_t5.train import checkpoints, loop, partitioning, state, step
 
@@ -62,7 +62,7 @@ def train(
     model_dir: str,
     total_steps: int,
     eval_steps: int | None,
-    eval_period: int,
+    eval_period: int | None,
     random_seed: int | None,
     summarize_config_fn: Any = None,
     relative_steps: int | None = None,
@@ -104,8 +104,6 @@ def train(
     _check_one(restore)
     if isinstance(restore, Restore) and restore.dtype not in (None, "float32"):
         raise Refusal("RestoreCheckpointConfig.dtype", restore.dtype, "parameters are trained in float32")
-    if not eval_period or eval_period < 1:
-        train_eval_dataset_cfg = None
     infer_eval_examples: int | None = 0
     if infer_eval_dataset_cfg is not None:
         infer_eval_examples = (inference_evaluator_cls or Evaluator)().num_examples
@@ -126,7 +124,7 @@ def train(
         "total_steps": total_steps,
         "relative_steps": relative_steps,
         "eval_steps": eval_steps,
-        "eval_period": eval_period or NEVER,
+        "eval_period": eval_period,
         "infer_eval_examples": infer_eval_examples,
         "stats_period": stats_period or eval_period or 100,
         "random_seed": random_seed,

@@ -92,7 +92,7 @@ def test_training_restores_what_was_converted(tmp_path: Path) -> None:
 def test_a_run_starts_from_any_format(make_model: Make, tmp_path: Path, source: str) -> None:
     model = make_model("v1.1")
     convert.write_model(model, tmp_path / "source", source)
-    assert convert.format_of(tmp_path / "source") == source
+    assert convert.find(tmp_path / "source")[0] == source
     start = convert.initial_checkpoint(tmp_path / "source", tmp_path / "run", model.config, model.vocabulary)
     assert bits(Checkpoint(start)) == bits(model)
     assert convert.initial_checkpoint(start, tmp_path / "run", model.config, model.vocabulary) == start

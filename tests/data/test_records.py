@@ -55,6 +55,24 @@ def test_what_is_cut_short(tmp_path: Path) -> None:
             list(read_rows(str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "\U0001f600 \\ud83d", "n": 1}, {"text": "a", "more": [{"deep": "b\udc00"}]}, {"\ud83d": 1}]
+
+    def write(*rows: dict) -> str:
+        text = json.dumps(rows) if name == "a.json" else "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    (_, whole), *_ = read_rows(write(rows[0]))
+    assert whole == rows[0]  # a pair, and a backslash before letters
+    place = {"a.jsonl": r"a\.jsonl:2", "a.json": r"a\.json\[1\]"}[name]
+    with pytest.raises(UserError, match=place + r": field 'more' holds \\udc00, half of a surrogate pair"):
+        list(read_rows(write(*rows[:2])))
+    with pytest.raises(UserError, match=place + r": field '\\ud83d' holds \\ud83d"):
+        list(read_rows(write(rows[0], rows[2])))
+
+
 def test_text_has_one_field_and_other_endings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.csv").write_text("a")

@@ -111,6 +111,16 @@ def test_keeps_the_newest_and_the_best(tmp_path, state):
     assert steps_in(tmp_path) == ["5", "6"]  # what was best is remembered by another process
 
 
+@pytest.mark.parametrize("best_mode", ["min", "max"])
+def test_another_best_metric_in_a_resumed_run(tmp_path, state, best_mode):
+    """What was saved by the first one is worse than anything by the second."""
+    save(Checkpoints(tmp_path, SaveCheckpointConfig(keep=1, best_metric="loss")), state, 1, metrics={"loss": 1.0})
+    saver = Checkpoints(tmp_path, SaveCheckpointConfig(keep=1, best_metric="chrf", best_mode=best_mode))
+    for step in (2, 3):
+        save(saver, state, step, metrics={"chrf": 10.0 if (step == 2) == (best_mode == "max") else 5.0})
+    assert steps_in(tmp_path) == ["2", "3"]
+
+
 def test_an_unknown_best_metric_names_the_nearest(tmp_path, state):
     saver = Checkpoints(tmp_path, SaveCheckpointConfig(best_metric="los"))
     with pytest.raises(UserError, match=r"'los' is no metric \(nearest: loss"):
@@ -185,6 +195,33 @@ def test_another_vocabulary_is_refused(tmp_path, state):
     checkpoints.check_vocabulary(tmp_path / "1", MODEL.vocabulary)
     with pytest.raises(UserError, match="another vocabulary"):
         checkpoints.check_vocabulary(tmp_path / "1", other)
+
+
+def test_a_run_folder_may_be_named_with_digits(tmp_path, state):
+    run = tmp_path / "20260512"
+    save(Checkpoints(run / "checkpoints", SaveCheckpointConfig()), state, 3)
+    assert find_checkpoint(run) == run / "checkpoints" / "3"
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "progress.json"])
+def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(tmp_path, state, file, monkeypatch):
+    """A stale mount or a missing permission says nothing about what is there."""
+    save(Checkpoints(tmp_path, SaveCheckpointConfig()), state, 1)
+
+    def unreadable(real):
+        def call(path, *arguments, **options):
+            if path == tmp_path / "1" / file:
+                raise OSError(116, "Stale file handle")
+            return real(path, *arguments, **options)
+
+        return call
+
+    for name in ("read_text", "stat"):
+        monkeypatch.setattr(Path, name, unreadable(getattr(Path, name)))
+    with pytest.raises(UserError, match=r"/1 cannot be read: Stale file handle$"):
+        Checkpoints(tmp_path, SaveCheckpointConfig())
+    monkeypatch.undo()
+    assert steps_in(tmp_path) == ["1"]
 
 
 def test_nothing_to_restore_says_so(tmp_path):

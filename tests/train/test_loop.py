@@ -20,7 +20,7 @@ from conversion.stored import load
 from conversion.vikhr import Checkpoint
 from vikhr_t5.errors import UserError
 from vikhr_t5.model.network import T5Config
-from vikhr_t5.train import optimizers
+from vikhr_t5.train import loop, optimizers
 from vikhr_t5.train.loop import NonFiniteLoss
 from vikhr_t5.train.step import Trainer
 
@@ -136,6 +136,42 @@ def test_a_finished_run_does_nothing_more(whole_run):
     before = (whole_run / "metrics.jsonl").read_bytes()
     assert run(whole_run, 12) == 12
     assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_was_killed_before_its_last_line_gets_it(whole_run, tmp_path):
+    """Whoever starts it again until the last line says so would never end."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    before = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(before[:-1]))
+    assert run(tmp_path / "run", 12) == 12
+    assert lines(tmp_path / "run")[-1]["finished"] is True
+    assert len(lines(tmp_path / "run")) == len(before)
+
+
+@pytest.mark.parametrize("never", [0, None])
+def test_no_period_is_never(tmp_path, never):
+    """No evaluation, and lines of metrics before checkpoints alone."""
+    assert run(tmp_path, 4, period=3, eval_period=never, stats_period=never) == 4
+    assert [line["step"] for line in lines(tmp_path, "train")] == [3, 4]
+    assert not lines(tmp_path, "eval")
+
+
+@pytest.mark.parametrize("name", ["eval_period", "stats_period"])
+def test_a_negative_period_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=f"train.{name} cannot be -1"):
+        run(tmp_path / "run", **{name: -1})
+    assert not (tmp_path / "run").exists()
+
+
+def test_counts_are_read_before_they_could_overflow(tmp_path, monkeypatch):
+    """As if a counter held no more than three batches of padding-free inputs."""
+    monkeypatch.setattr(loop, "COUNTED", 3 * 8 * 24)
+    run(tmp_path, 7, period=7, stats_period=0, evaluate=False)
+    assert [line["step"] for line in lines(tmp_path, "train")] == [3, 6, 7]
+    batches = TinyDataset(dataset_config()).batches(0, num_steps=7)
+    counted = sum((b[f"{side}_tokens"] > 0).sum() for b in batches for side in ("encoder_input", "decoder_target"))
+    assert json.loads((tmp_path / "checkpoints" / "7" / "progress.json").read_text())["tokens"] == counted
 
 
 def test_lines_past_the_checkpoint_are_dropped_on_resume(whole_run, tmp_path):

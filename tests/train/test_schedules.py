@@ -51,6 +51,13 @@ def test_unknown_factor_names_the_nearest():
         create_learning_rate_scheduler("constant * rsqrt_dekay")
 
 
+@pytest.mark.parametrize("factor", ["linear_warmup", "linear_decay", "rsqrt_decay", "rsqrt_normalized_decay"])
+def test_no_warmup_is_refused_by_what_divides_by_it(factor):
+    with pytest.raises(UserError, match=rf"'{factor}' divides by warmup_steps, which is 0: at least 1"):
+        create_learning_rate_scheduler(f"constant * {factor}", warmup_steps=0)
+    assert float(create_learning_rate_scheduler("constant", 0.5, warmup_steps=0)(0)) == 0.5
+
+
 def test_cosine_equals_optax():
     ours = cosine(3e-3, total_steps=150, warmup_steps=10, final_fraction=0.1)
     decay = optax.cosine_decay_schedule(3e-3, 140, alpha=0.1)

@@ -154,6 +154,13 @@ def test_a_non_finite_update_changes_nothing_but_the_step():
     assert (int(sums["bad_steps"]), int(sums["first_bad_step"])) == (0, NEVER)
 
 
+def test_an_update_of_a_non_finite_rate_is_not_applied():
+    model = model_of()
+    after, sums = do_step(model, Trainer(lambda step: jnp.where(step == 0, jnp.nan, 0.1)))
+    assert int(sums["bad_steps"]) == 1
+    assert jax.tree.all(jax.tree.map(np.array_equal, after.params, fresh_params()))
+
+
 def test_dropout_depends_on_the_step_and_the_key_alone():
     model = model_of(dataclasses.replace(CONFIG, dropout_rate=0.5))
     state = fresh_state(model)
@@ -176,3 +183,5 @@ def test_an_all_padding_batch_is_no_division_by_zero():
 def test_unknown_behaviour_is_refused():
     with pytest.raises(UserError, match="'ignore'"):
         Trainer(constant(), on_non_finite="ignore")
+    with pytest.raises(UserError, match="num_microbatches cannot be -1"):
+        Trainer(constant(), num_microbatches=-1)

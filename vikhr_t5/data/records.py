@@ -51,12 +51,12 @@ def text_of(row: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def json_row(line: str, where: str) -> dict[str, Any]:
-    """A line of JSON lines. UserError where it is no object; `where` says which line it is."""
+    """A line of JSON lines. UserError where it is no object, or a string in it is no text; `where` says which."""
     try:
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error}); mend or remove the line") from None
-    return _object(row, where)
+    return _object(row, where, "\\ud" in line or "\\uD" in line)
 
 
 def read_lines(source: str | Sequence[str], field: str = "text") -> Iterator[str]:
@@ -148,8 +148,9 @@ def _rows_of_file(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     elif kind == ".txt":
         yield from _documents(file)
     elif kind == ".json" and (whole := _json_list(file)) is not None:
-        for i, row in enumerate(whole):
-            yield f"{file}[{i}]", _object(row, f"{file}[{i}]")
+        rows, escaped = whole
+        for i, row in enumerate(rows):
+            yield f"{file}[{i}]", _object(row, f"{file}[{i}]", escaped)
     else:
         for number, line in _lines(file):
             if line.strip():
@@ -168,22 +169,32 @@ def _documents(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
             paragraph = []
 
 
-def _json_list(file: str) -> list[Any] | None:
-    """A .json file that is one list; None where it is lines of objects."""
+def _json_list(file: str) -> tuple[list[Any], bool] | None:
+    """A .json file that is one list, and whether surrogates are escaped in it; None where it is lines of objects."""
     try:
         with open_bytes(file) as handle:
             start = handle.read(4096).lstrip()[:1]
         if start != b"[":
             return None
         with open_bytes(file) as handle:
-            return json.load(handle)
+            content = handle.read()
+        return json.loads(content), b"\\ud" in content or b"\\uD" in content
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: not JSON ({error})") from None
 
 
-def _object(row: Any, where: str) -> dict[str, Any]:
+def _object(row: Any, where: str, escaped: bool) -> dict[str, Any]:
+    """escaped: surrogates may stand in it; the half of a pair is no text, and nothing could encode it."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a {type(row).__name__}, and an object {{...}} is wanted")
+    for name, value in row.items() if escaped else ():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):x}"
+            raise UserError(
+                f"{where}: field {name!r} holds {half}, half of a surrogate pair, which is no text; mend or remove it"
+            ) from None
     return row
 
 

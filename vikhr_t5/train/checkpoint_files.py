@@ -33,20 +33,33 @@ def seal(folder: Path) -> None:
 
 
 def defect(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's folder; None where every file of its manifest is there in full."""
+    """What is wrong with a checkpoint's folder; None where every file of its manifest is there in full.
+
+    Raises:
+      UserError: it cannot be read (no permission, a file system that does not answer), and so may be whole.
+    """
     try:
         sizes = json.loads((folder / MANIFEST).read_text())["files"]
-    except OSError:
+        for name, size in sizes.items():
+            found = _size(folder / name)
+            if found is None:
+                return f"{name} is missing"
+            if found != size:
+                return f"{name} has {found} of {size} bytes"
+    except (FileNotFoundError, NotADirectoryError):
         return f"no {MANIFEST}"
+    except OSError as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
-    for name, size in sizes.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        found = (folder / name).stat().st_size
-        if found != size:
-            return f"{name} has {found} of {size} bytes"
     return None
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def steps(directory: Path) -> list[Path]:
@@ -89,6 +102,7 @@ def _candidates(path: str | os.PathLike[str]) -> list[Path]:
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"checkpoint {path}: no such folder")
-    if (folder / MANIFEST).is_file() or folder.name.isdigit():
+    if (folder / MANIFEST).is_file():
         return [folder]
-    return steps(folder / "checkpoints") or steps(folder)
+    found = steps(folder / "checkpoints") or steps(folder)
+    return found or ([folder] if folder.name.isdigit() else [])  # a run folder may be named so, too

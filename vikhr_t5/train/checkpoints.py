@@ -122,16 +122,21 @@ class Checkpoints:
         _silence_orbax()
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep)]
         metric = config.best_metric
+        worst = float("inf") if config.best_mode == "min" else -float("inf")
+
+        def value(metrics: Mapping[str, float]) -> float:  # of a checkpoint, too, that was saved by another metric
+            return metrics.get(metric or "", worst)
+
         if metric:
             best = ocp.checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[metric],
+                get_metric_fn=value,
                 reverse=config.best_mode == "min",
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
             policies.append(best)
         options = ocp.CheckpointManagerOptions(
-            best_fn=(lambda metrics: metrics[metric]) if metric else None,  # makes Orbax store the metrics
+            best_fn=value if metric else None,  # makes Orbax store the metrics
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._complete),

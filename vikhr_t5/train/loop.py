@@ -26,11 +26,12 @@ from vikhr_t5.train.starting import starting_state
 from vikhr_t5.train.state import EncoderDecoderModel
 from vikhr_t5.train.step import Trainer, zero_sums
 
+COUNTED = 2**31 - 1  # tokens of one side, between two lines of metrics at most: see `zero_sums`
 STEPS_AHEAD = 2  # the host runs this far ahead of the device, so the next batch is there before a step ends
 
 
 class NonFiniteLoss(UserError):
-    """The loss or a gradient became infinite or NaN, and the run was configured to stop."""
+    """The loss, a gradient or the learning rate became infinite or NaN, and the run was configured to stop."""
 
 
 def train(
@@ -43,8 +44,8 @@ def train(
     total_steps: int,
     train_eval_dataset_cfg: DatasetConfig | None = None,
     eval_steps: int | None = 20,
-    eval_period: int = 1000,
-    stats_period: int = 100,
+    eval_period: int | None = 1000,
+    stats_period: int | None = 100,
     num_samples: int = 4,
     infer_eval_examples: int | None = 0,
     random_seed: int | None = None,
@@ -59,8 +60,9 @@ def train(
       model_dir: the run folder.
       total_steps: absolute, as in t5x: a run that starts from a checkpoint at step n does total_steps - n.
       eval_steps: batches of an evaluation; None: all of the evaluation dataset.
-      eval_period: steps between evaluations; the last step is always evaluated.
-      stats_period: steps between lines of metrics; each evaluation and each checkpoint has one before it, too.
+      eval_period: steps between evaluations, and the last step is always evaluated; 0 or None: there is none.
+      stats_period: steps between lines of metrics; each evaluation and each checkpoint has one before it, too, and
+        0 or None leaves it at these. So many steps that the int32 counts of tokens could overflow are never between.
       num_samples: evaluation examples that are decoded to text at each evaluation.
       infer_eval_examples: the first so many evaluation examples of each task that has metric functions are decoded
         greedily at each evaluation, and these computed; None: all, 0: none.
@@ -78,6 +80,9 @@ def train(
     """
     if wandb_project:
         require("wandb", "wandb")
+    for name, period in (("eval_period", eval_period), ("stats_period", stats_period)):
+        if period is not None and period < 0:
+            raise UserError(f"train.{name} cannot be {period}: steps, or 0 for never")
     use_compilation_cache()
     folder = Path(model_dir).expanduser().absolute()
     partitioner.check_batch_size(train_dataset_cfg.batch_size, trainer.num_microbatches or 1)
@@ -85,7 +90,7 @@ def train(
     with hosts.first("opening the data, and caching what is not cached"):
         dataset = open_dataset(train_dataset_cfg, model.vocabulary)
         eval_dataset = None
-        if train_eval_dataset_cfg is not None:
+        if train_eval_dataset_cfg is not None and eval_period:
             eval_dataset = open_dataset(train_eval_dataset_cfg, model.vocabulary)
     hosts.agreed(dataset.fingerprint, "the data (the token store, or the configuration)")
     evaluator = None
@@ -94,7 +99,7 @@ def train(
             model, partitioner, eval_dataset, eval_steps, num_samples, shardings.params, infer_eval_examples
         )
         evaluator.check_best(checkpoint_cfg.save)
-    if checkpoint_cfg.save.best_metric and (evaluator is None or checkpoint_cfg.save.period % eval_period):
+    if checkpoint_cfg.save.best_metric and (not evaluator or checkpoint_cfg.save.period % (eval_period or 1)):
         raise UserError(
             f"SaveCheckpointConfig.best_metric needs an evaluation at each checkpoint: make its period"
             f" ({checkpoint_cfg.save.period}) a multiple of EVAL_PERIOD ({eval_period})"
@@ -113,6 +118,9 @@ def train(
         )
     _say(f"{folder}: {origin}, step {step} of {total_steps}")
     if step >= total_steps:
+        if not metrics.ends_finished(folder):  # killed after its last checkpoint, or TRAIN_STEPS is less than it was
+            with contextlib.closing(metrics.MetricsLog(folder, step)) as log:
+                log.write("end", step, {"finished": True})
         return step
     profiler = Profiler(folder / "profile", profile_steps, total_steps - step)
 
@@ -142,6 +150,8 @@ def train(
 
     log = metrics.MetricsLog(folder, step, wandb_project, config_text)
     about = dict(origin=origin, total_steps=total_steps, parameters=model.config.param_count(), peak=peak_source)
+    countable = COUNTED // (rows * max(inputs_length, targets_length))  # steps
+    stats_period = min(stats_period or countable, countable)
     began, started = step, time.perf_counter()
     in_flight: collections.deque[jax.Array] = collections.deque()
     with (
@@ -168,7 +178,7 @@ def train(
             bar.advance()
 
             last = stop.due(step) or step == total_steps
-            evaluate = evaluator is not None and (step % eval_period == 0 or step == total_steps)
+            evaluate = evaluator is not None and (step % (eval_period or 1) == 0 or step == total_steps)
             save = last or step % checkpoint_cfg.save.period == 0
             if not (evaluate or save or step % stats_period == 0):
                 continue
@@ -213,7 +223,7 @@ def _non_finite(step: int, saver: Checkpoints) -> str:
     good = saver.newest()
     kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     return (
-        f"the loss or a gradient is not finite at step {step}; {kept}: lower the learning rate, set"
+        f"the loss, a gradient or the learning rate is not finite at step {step}; {kept}: lower the learning rate, set"
         " Trainer.max_grad_norm, or skip such updates with Trainer.on_non_finite = 'skip'"
     )
 

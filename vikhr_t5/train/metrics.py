@@ -219,6 +219,13 @@ class MetricsLog:
             self._writers[folder].flush()
 
 
+def ends_finished(folder: Path) -> bool:
+    """Whether the last line of a run folder's metrics.jsonl says that training is finished."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return bool(lines) and '"finished": true' in lines[-1]
+
+
 def environment(mesh: Mapping[str, int]) -> dict[str, Any]:
     """Of the line at the start of a run; `startup_seconds` counts from the start of the process."""
     return {

@@ -36,7 +36,7 @@ def create_learning_rate_scheduler(
       min_learning_rate: the floor of the product.
 
     Raises:
-      UserError: a factor is unknown.
+      UserError: a factor is unknown, or divides by a number of steps that is less than 1.
     """
     w, b = warmup_steps, base_learning_rate
     known: dict[str, Callable[[jnp.ndarray], jnp.ndarray | float]] = {
@@ -48,10 +48,18 @@ def create_learning_rate_scheduler(
         "decay_every": lambda s: decay_factor ** (s // steps_per_decay),
         "cosine_decay": lambda s: (1 + jnp.cos(jnp.pi * (jnp.maximum(0.0, (s - w) / steps_per_cycle) % 1.0))) / 2,
     }
+    divisors = {
+        "decay_every": ("steps_per_decay", steps_per_decay),
+        "cosine_decay": ("steps_per_cycle", steps_per_cycle),
+    }
+    divisors |= {name: ("warmup_steps", w) for name in known if name.startswith(("linear", "rsqrt"))}
     names = [name.strip() for name in factors.split("*")]
     for name in names:
         if name not in known:
             raise UserError(f"unknown learning-rate factor {name!r} in {factors!r} ({nearest(name, known)})")
+        argument, steps = divisors.get(name, ("", 1))
+        if steps < 1:
+            raise UserError(f"learning-rate factor {name!r} divides by {argument}, which is {steps}: at least 1")
 
     def schedule(step: jnp.ndarray | int) -> jnp.ndarray:
         since = jnp.maximum(0, jnp.asarray(step) - step_offset).astype(jnp.float32)

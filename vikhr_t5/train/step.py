@@ -35,7 +35,7 @@ class Trainer:
       num_microbatches: parts of the batch that go through the network one after another; their gradients add up.
       max_grad_norm: gradients (of the loss as `loss_normalizing_factor` divides it) are scaled to this global norm
         where theirs is larger; None: never.
-      on_non_finite: what an update with a non-finite loss or gradient does: "stop" the run, or "skip" itself.
+      on_non_finite: what an update with a non-finite loss, gradient or rate does: "stop" the run, or "skip" itself.
     """
 
     learning_rate_fn: Schedule
@@ -44,6 +44,8 @@ class Trainer:
     on_non_finite: str = "stop"
 
     def __post_init__(self) -> None:
+        if (self.num_microbatches or 1) < 1:
+            raise UserError(f"Trainer.num_microbatches cannot be {self.num_microbatches}")
         if self.on_non_finite not in ("stop", "skip"):
             raise UserError(
                 f"Trainer.on_non_finite {self.on_non_finite!r} ({nearest(self.on_non_finite, ['stop', 'skip'])})"
@@ -71,7 +73,7 @@ class Trainer:
             params = apply_updates(state.params, updates, jax.random.fold_in(key, ROUNDING))
 
             # A bad batch leaves everything as it was but the step; whether the run goes on is the loop's decision.
-            good = jnp.isfinite(norm) & jnp.isfinite(batch_sums["loss"])
+            good = jnp.isfinite(norm) & jnp.isfinite(batch_sums["loss"]) & jnp.isfinite(rate)
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
             )
