@@ -614,6 +614,7 @@ seqio.TaskRegistry.add(
 """
 
 
+@pytest.mark.slow
 def test_from_private_tasks_to_metrics_and_predictions(folder):
     """train, eval and infer as commands, on tasks of a module that the gin files import, with seqio's metrics."""
     write("private_tasks.py", TASKS)

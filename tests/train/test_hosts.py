@@ -140,6 +140,7 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_of_two_is_killed_and_one_process_goes_on(whole, tmp_path):
     """Losses, evaluations and gradient norms are those of one process, before the kill and after the restart."""
     with started(tmp_path, 2, total_steps=STEPS, slow=0.4) as (first, second):
@@ -225,7 +226,6 @@ def test_killed_at_any_moment_two_processes_end_as_uninterrupted(tmp_path):
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_bad_input_on_one_host_ends_all_with_its_line(tmp_path):
     with started(tmp_path, 2, period=[2, 0]) as processes:
         ends = [host.end() for host in processes]
