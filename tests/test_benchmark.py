@@ -477,7 +477,9 @@ def test_embedded_texts_are_those_that_the_demo_tasks_hold_out(tmp_path):
         "json.dump(found, open(sys.argv[1], 'w'))\n"
     )
     root = Path(__file__).resolve().parents[1]
-    subprocess.run([sys.executable, "-c", program, tmp_path / "found.json"], check=True, cwd=root)
+    environment = {**os.environ, "VIKHR_T5_VOCABULARY": str(root / "tests/reference/vocabulary/ru924.model")}
+    command = [sys.executable, "-c", program, tmp_path / "found.json"]
+    subprocess.run(command, check=True, cwd=root, env=environment)
     pages, pairs = json.loads((tmp_path / "found.json").read_text())
     (ru,), (parallel,) = (benchmark.load(name).tasks.values() for name in ("perplexity_ru", "translate_ru_en"))
     assert ru.dataset["test"]["text"] == pages

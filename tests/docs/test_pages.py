@@ -136,6 +136,10 @@ def vocabularies(folder: Path, trained: Path) -> None:
 
 
 def mixtures(folder: Path, trained: Path) -> None:
+    ukrainian = str.maketrans("ыэёъЫЭЁЪ", "иеєїИЕЄЇ")  # its letters, if not its words
+    pages = (DATA / "ru.txt").read_text(encoding="utf-8").translate(ukrainian).split("\n\n")
+    (folder / "data/uk").mkdir(parents=True)
+    (folder / "data/uk/pages.jsonl").write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
     copy(trained / "spiece.model", folder / "spiece.model")
     copy(DATA / "ru.txt", folder / "data/validation.txt")
     copy(DATA / "ru.txt", folder / "data/local/mine.txt")
@@ -156,9 +160,9 @@ def mixtures(folder: Path, trained: Path) -> None:
 
 
 def published_sets(folder: Path, sets: dict[str, published.Published]) -> None:
-    """Each in its published schema, 60 rows."""
+    """Each in its published schema, with rows enough that one in 200 is there."""
     for one in sets.values():
-        texts = [page for page in published.PAGES if len(page) > 300][:60]
+        texts = [page for page in published.PAGES if len(page) > 300][:600]
         published.write(folder / one.folder, one.table(texts), "parquet")
 
 
@@ -166,7 +170,8 @@ def inference(folder: Path, trained: Path) -> None:
     for stage in ("ul2", "instruct"):
         copy(trained / "runs" / stage, folder / "runs/demo" / stage)
     copy(trained / "hf", folder / "runs/demo/hf")
-    copy(trained / "spiece.model", folder / "spiece.model")
+    for place in ("spiece.model", "runs/demo/vocabulary/spiece.model"):
+        copy(trained / "spiece.model", folder / place)
 
 
 def training(folder: Path, trained: Path) -> None:
