@@ -182,7 +182,7 @@ def test_scores_are_transformers(model, folder, eos):
 
 @pytest.mark.slow
 def test_scores_are_lm_evals(trained):
-    """200 pairs of real texts, whole and cut, through lm-eval's `hf` backend in float32, as `vikhr-t5 benchmark` opens it:
+    """200 pairs of real texts through lm-eval's `hf` backend in float32, as `vikhr-t5 benchmark` opens it:
     lm-eval itself ties the head of every T5."""
     from lm_eval.api.instance import Instance
 
