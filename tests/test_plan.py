@@ -339,10 +339,13 @@ def test_a_vocabulary_or_its_size_is_needed(capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "rows"), [("tiny", 8), ("small", 8), ("base", 4)])
+@pytest.mark.parametrize(("model", "rows"), [("small", 8), ("base", 4)])
 def test_what_a_process_takes_is_within_a_tenth_of_the_plan(model, rows, tmp_path):
-    """A real run on this machine's CPU: the operating system's figure of its largest memory, after its first steps."""
-    (tmp_path / "text.txt").write_bytes((ROOT / "tasks/demo_data/ru.txt").read_bytes()[:200_000])
+    """A real run on this machine's CPU: the operating system's figure of its largest memory, after its first steps.
+
+    A tiny model's would be Python's and XLA's, which differs by 30% from run to run."""
+    text = (ROOT / "tasks/demo_data/ru.txt").read_text(encoding="utf-8")
+    (tmp_path / "text.txt").write_text(text[:100_000], encoding="utf-8")
     flags = [f"--gin_file=models/t5_1_1_{model}.gin", "--gin_file=runs/pretrain.gin", "--gin.MODEL_DIR='run'"]
     flags += ["--gin.VOCABULARY_FILE='v.model'", "--gin.MIXTURE_OR_TASK_NAME='demo_span_corruption'"]
     flags += ["--gin.MIXTURE_OR_TASK_MODULE='tasks.demo'", "--gin.TASK_FEATURE_LENGTHS={'inputs': 512, 'targets': 114}"]
