@@ -151,7 +151,7 @@ def mixtures(folder: Path, trained: Path) -> None:
         place.mkdir(parents=True)
         lines = (
             f'{{"question": "Сколько будет {n} + 1?", "options": ["{n + 1}", "{n + 2}"], "answer": "{n + 1}"}}'
-            for n in range(60)
+            for n in range(600)
         )
         (place / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name in ("xwinograd_ru", "xnli_ru", "ru_mmlu"):
