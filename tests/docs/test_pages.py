@@ -157,12 +157,15 @@ def mixtures(folder: Path, trained: Path) -> None:
     for name in ("xwinograd_ru", "xnli_ru", "ru_mmlu"):
         one = {"xwinograd_ru": published.XWINOGRAD, "xnli_ru": published.XNLI, "ru_mmlu": published.MMLU}[name]
         published.write(folder / "evaluation" / one.folder, one.table(published.PAGES[:9]), "parquet")
+        for file in (folder / "evaluation" / one.folder).rglob("train-*"):
+            file.rename(file.with_name(file.name.replace("train-", "test-")))
 
 
 def published_sets(folder: Path, sets: dict[str, published.Published]) -> None:
     """Each in its published schema, with rows enough that one in 200 is there."""
     for one in sets.values():
-        texts = [page for page in published.PAGES if len(page) > 300][:600]
+        pages = [page for page in published.PAGES if len(page) > 300]
+        texts = [f"{page} {n}" for n in range(2400 // len(pages)) for page in pages]
         published.write(folder / one.folder, one.table(texts), "parquet")
 
 
