@@ -51,14 +51,15 @@ def load(flags):
         loads(flags.gin_file, flags.bindings)
 
 
-def loads(files, bindings=()):
+def loads(files, bindings=()) -> str:
+    """The configuration as gin has it."""
     try:
-        launch.load(files, bindings)
-    except UserError as error:
-        if not str(error).startswith(
-            "required by the gin files and not given"
-        ):  # a page may leave values to the reader
-            raise
+        try:
+            launch.load(files, bindings)
+        except UserError as error:  # a page may leave values to the reader
+            if not str(error).startswith("required by the gin files and not given"):
+                raise
+        return gin.config_str()
     finally:
         with gin.unlock_config():
             gin.config.clear_config()
@@ -68,7 +69,10 @@ def loads(files, bindings=()):
 def test_gin_goes_into_a_recipe(block, tmp_path):
     file = tmp_path / "reader.gin"
     file.write_text(f"include 'recipes/demo_finetune.gin'\n{block.text}\n", encoding="utf-8")
-    loads([str(file)])
+    configuration = loads([str(file)])
+    names = re.findall(r"^\s*(?:[\w./]+\.)?(\w+) = ", block.text, re.MULTILINE)
+    assert names
+    assert not [name for name in names if not re.search(rf"\b{name} =", configuration)]
 
 
 def mistral(arguments):
@@ -85,7 +89,7 @@ def mistral(arguments):
 
 @pytest.mark.parametrize("block", [block for block in ALL if block.language == "python"], ids=str)
 def test_snippets_are_programs(block):
-    ast.parse(block.text)
+    assert ast.parse(block.text).body
 
 
 @pytest.mark.parametrize("block", [block for block in ALL if block.language == "yaml"], ids=str)

@@ -95,9 +95,10 @@ def test_a_page_can_be_followed(page, request, tmp_path):
     world = World(tmp_path, request.getfixturevalue("commands") if small else None)
     if page.name in PREPARE:
         PREPARE[page.name](tmp_path, request.getfixturevalue("trained"))
-    for block in blocks.blocks(page):
-        if not block.not_run:
-            world.follow(block)
+    followed = [block for block in blocks.blocks(page) if not block.not_run]
+    for block in followed:
+        world.follow(block)
+    assert {block.language for block in followed} & {"bash", "python"}
 
 
 # ---- what a page takes for granted -----------------------------------------------------------------------------------

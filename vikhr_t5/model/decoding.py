@@ -197,7 +197,7 @@ def stream(
     vocab_size: int | None = None,
 ) -> Iterator[tuple[int, float]]:
     """(token, its log-probability), one by one, as `generate` gives for one input [1, S]. params: from `prepare`."""
-    cache = _begin(params, config, encoder_input_tokens, max_length)
+    cache = _start(params, config, encoder_input_tokens, max_length)
     token = jnp.zeros(1, jnp.int32)
     for position in range(max_length):
         token, log_probability, cache = _advance(params, config, cache, token, position, sampling, vocab_size)
@@ -206,9 +206,7 @@ def stream(
             return
 
 
-@partial(jax.jit, static_argnames=("config", "max_length"))
-def _begin(params: Params, config: T5Config, encoder_input_tokens: Array, max_length: int) -> Cache:
-    return start(params, config, encoder_input_tokens, max_length)
+_start = jax.jit(start, static_argnames=("config", "max_length"))
 
 
 @partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="cache")
