@@ -1,12 +1,12 @@
 """The model card: README.md of an exported model."""
 
-import json
 import re
 from pathlib import Path
 
 from conversion.stored import StoredModel
 from vikhr_t5 import __version__
 from vikhr_t5.data.vocabulary import AnyVocabulary, Vocabulary
+from vikhr_t5.files import records
 from vikhr_t5.progress import human
 
 _TEMPLATE = """\
@@ -117,8 +117,5 @@ def recipe(checkpoint: Path, step: int) -> str:
 
 
 def _last_evaluation(file: Path, step: int) -> dict[str, float]:
-    if not file.is_file():
-        return {}
-    records = [json.loads(line) for line in file.open(encoding="utf-8") if '"eval"' in line]
-    found = [record for record in records if record.get("kind") == "eval" and record["step"] <= step]
+    found = [record for record in records(file) if record.get("kind") == "eval" and record["step"] <= step]
     return {k: v for k, v in found[-1].items() if k.startswith(("loss", "accuracy"))} if found else {}

@@ -4,7 +4,6 @@ B batch, S source length, T target length, V vocabulary.
 """
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from conversion import huggingface
 from conversion.stored import DTYPES, SampledLayers, StoredModel, arrays, load
 from vikhr_t5.data.vocabulary import AnyVocabulary
 from vikhr_t5.errors import UserError
+from vikhr_t5.files import records
 from vikhr_t5.model import decoding, network
 from vikhr_t5.model.config import T5Config
 
@@ -149,10 +149,7 @@ def held_out(source: str | os.PathLike[str], most: int = 8) -> list[tuple[str, s
 
     Texts with sentinels are left out: where one is glued to a word, text does not say how it was tokenized.
     """
-    file = Path(source) / "samples.jsonl"
-    if not file.exists():
-        return []
-    samples = [json.loads(line) for line in file.open(encoding="utf-8")]
+    samples = list(records(Path(source) / "samples.jsonl"))
     last = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
     return [(s["input"], s["target"]) for s in last if "<extra_id_" not in s["input"]][:most]
 

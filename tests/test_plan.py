@@ -16,12 +16,13 @@ import pytest
 from tiny_run import dataset_config, tiny_model
 
 from vikhr_t5 import cli, launch
+from vikhr_t5.data.rows import empty_batch
 from vikhr_t5.devices import KINDS, device_kind, parse_devices
 from vikhr_t5.errors import UserError
 from vikhr_t5.plan import REMAT_POLICIES, Choice, Fit, Plan, Planner, Settings, settings_of
 from vikhr_t5.plan_compile import Compiled
 from vikhr_t5.plan_flops import matmul_flops
-from vikhr_t5.plan_memory import Memory, activations, batch_shapes, state_bytes, with_config
+from vikhr_t5.plan_memory import Memory, activations, state_bytes, with_config
 from vikhr_t5.plan_report import GIB, Command, Report, Usable, usable
 from vikhr_t5.plan_time import schedule, utilisation
 from vikhr_t5.train import loop, optimizers
@@ -134,7 +135,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_jax_keeps():
     model = with_config(tiny_model(), dropout_rate=0.0)
     params, quick, kept = zero_params(model), {"xla_backend_optimization_level": 0}, []
     for rows in (2, 4):
-        batch = {name: jnp.ones(x.shape, x.dtype) for name, x in batch_shapes(rows, 24, 12).items()}
+        batch = {name: jnp.ones(x.shape, x.dtype) for name, x in empty_batch(rows, 24, 12).items()}
         weights = jnp.ones(batch["decoder_target_tokens"].shape)
         backward = jax.jit(
             lambda p, b, w: jax.vjp(lambda p: model.loss_sums(p, b, w, 1)[0], p)[1], compiler_options=quick
@@ -298,7 +299,7 @@ def test_compiled_for_four_devices_in_a_process_of_its_own(capfd, tmp_path):
     assert best["needs_bytes"] == max(best["compiled"]["peak"], best["memory_bytes"]["total"])
     # The compiler's arguments are the state and a quarter of the batch, to the byte. Row positions are in the batch and
     # not in the program: T5 has no use for them. The rest: the metrics' sums, the step and the key.
-    batch = sum(x.size * 4 for name, x in batch_shapes(2, 64, 32).items() if "positions" not in name)
+    batch = sum(x.nbytes for name, x in empty_batch(2, 64, 32).items() if "positions" not in name)
     state = 4 * plan["parameters"] + best["memory_bytes"]["optimizer"]
     assert 0 < best["compiled"]["arguments"] - state - batch < 1024
     assert plan["schedule"]["dollars"] > 0

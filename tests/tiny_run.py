@@ -58,6 +58,9 @@ class TinyDataset:
         self.seen: list[int] = []
         self.metrics: dict[str, Any] = {}  # no task has metric functions
 
+    def pack(self) -> None:
+        """Nothing here is to be found out."""
+
     def batches(self, start_step=0, rows=slice(None), num_steps=None) -> Iterator[dict[str, np.ndarray]]:
         for step in range(start_step, start_step + num_steps):
             time.sleep(self.slow)

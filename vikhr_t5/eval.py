@@ -19,7 +19,7 @@ import numpy as np
 from vikhr_t5 import inference, task_examples
 from vikhr_t5.data.pipeline import DatasetConfig
 from vikhr_t5.errors import UserError
-from vikhr_t5.files import write_text_atomic
+from vikhr_t5.files import records, write_text_atomic
 from vikhr_t5.inference import Decoding, Predictor
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig, check_vocabulary
 from vikhr_t5.train.metrics import MetricsLog
@@ -166,13 +166,11 @@ def _done(folder: Path, config_text: str) -> dict[tuple[int, str], Metrics]:
     if not config.exists() or config.read_text(encoding="utf-8") != config_text:
         print(f"{folder} is of another configuration: all checkpoints are evaluated", file=sys.stderr)
         return {}
-    found = {}
-    for line in lines.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # cut short by a kill
-            record = json.loads(line)
-            known = {name: value for name, value in record.items() if name not in ("kind", "step", "time", "task")}
-            found[record["step"], record["task"]] = known
-    return found
+    about = ("kind", "step", "time", "task")
+    return {
+        (record["step"], record["task"]): {name: value for name, value in record.items() if name not in about}
+        for record in records(lines)
+    }
 
 
 def _shown(metrics: Mapping[str, Any]) -> str:

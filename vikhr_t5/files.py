@@ -121,15 +121,27 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """What a run wrote down, step by step, in a file of JSON lines; none where there is no file.
+
+    A line that was cut short, by a kill or a full disk, is left out.
+    """
+    for _, record in _lines_and_records(path):
+        yield record
+
+
 def keep_lines_up_to(path: Path, step: int) -> None:
-    """Rewrite a JSON-lines file without the lines of later steps, and without a last line that was cut short."""
-    if not path.exists():
+    """Rewrite a file of `records` without those of later steps, and without a last line that was cut short."""
+    if path.exists():
+        write_text_atomic(path, "".join(line for line, record in _lines_and_records(path) if record["step"] <= step))
+
+
+def _lines_and_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_text_atomic(path, "".join(kept))
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    yield line.removesuffix("\n") + "\n", record

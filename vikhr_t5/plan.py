@@ -276,9 +276,9 @@ class Planner:
             self._states[of_state] = state_bytes(model, partitioner)
         of_activations = s.dtype, s.remat_policy
         if s.dtype not in self._layers:
-            self._layers[s.dtype] = layer_bytes(model, *self.lengths, self.config.pack)
+            self._layers[s.dtype] = layer_bytes(model, *self.lengths)
         if of_activations not in self._activations:
-            self._activations[of_activations] = activations(model, *self.lengths, self.config.pack)
+            self._activations[of_activations] = activations(model, *self.lengths)
         active = self._activations[of_activations]
         rows = self.config.batch_size // (mesh["data"] * mesh["fsdp"] * s.num_microbatches)
         per_layer, state = self._layers[s.dtype], self._states[of_state]

@@ -19,10 +19,8 @@ import jax
 import psutil
 from jax.experimental import topologies
 
+from vikhr_t5.data.rows import empty_batch
 from vikhr_t5.devices import DeviceKind
-from vikhr_t5.plan_memory import batch_shapes
-from vikhr_t5.train.partitioning import placed
-from vikhr_t5.train.step import zero_sums
 
 NUM_SOURCES = 8  # of the batch's tokens, for sums of a few bytes: a plan opens no data
 TPU_SLICES = {
@@ -131,18 +129,8 @@ def trace_step(arguments: Mapping[str, Any]) -> Any:
     config = arguments["train_dataset_cfg"]
     partitioner.check_batch_size(config.batch_size, trainer.num_microbatches or 1)
     lengths = config.task_feature_lengths
-    batch = batch_shapes(config.batch_size, lengths["inputs"], lengths["targets"], config.pack)
-    sums, key = jax.eval_shape(lambda: (zero_sums(NUM_SOURCES), jax.random.key(0)))
-
-    def all_placed(shapes: Any, sharding: Any) -> Any:
-        return placed(shapes, jax.tree.map(lambda _: sharding, shapes))
-
-    return trainer.jitted(model, partitioner, NUM_SOURCES).trace(
-        placed(model.abstract_state(), partitioner.state_shardings(model)),
-        all_placed(sums, partitioner.replicated),
-        all_placed(batch, partitioner.batch),
-        all_placed(key, partitioner.replicated),
-    )
+    batch = empty_batch(config.batch_size, lengths["inputs"], lengths["targets"])
+    return trainer.traced(model, partitioner, NUM_SOURCES, batch)
 
 
 # What XLA's GPU compiler asks of a card; the makers' figures, as XLA has them in backends/gpu/target_config: streaming

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vikhr_t5.data.rows import empty_batch
 from vikhr_t5.model.attention import FusedAttention, attention_between
 from vikhr_t5.model.config import T5Config
 from vikhr_t5.model.network import Transformer
@@ -65,31 +66,18 @@ class Activations:
     flops: float
 
 
-def batch_shapes(rows: int, inputs_length: int, targets_length: int, packed: bool = True) -> dict[str, Any]:
-    """The batch contract as shapes, int32."""
-    sides = {"encoder": (inputs_length, ["input_tokens"])}
-    sides["decoder"] = (targets_length, ["target_tokens", "input_tokens", "loss_weights", "source_ids"])
-    return {
-        f"{side}_{name}": jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        for side, (length, names) in sides.items()
-        for name in (*names, *(("segment_ids", "positions") if packed else ()))
-    }
-
-
-def activations(
-    model: EncoderDecoderModel, inputs_length: int, targets_length: int, packed: bool = True
-) -> Activations:
+def activations(model: EncoderDecoderModel, inputs_length: int, targets_length: int) -> Activations:
     """What the backward pass of `model` needs besides its parameters, traced on the devices that JAX shows."""
-    batch = batch_shapes(ROWS, inputs_length, targets_length, packed)
+    batch = empty_batch(ROWS, inputs_length, targets_length)
     kept, shared = 0.0, 0
     for x in _residuals(model, batch):
         kept, shared = (kept + _bytes(x) / ROWS, shared) if x.size % ROWS == 0 else (kept, shared + _bytes(x))
     return Activations(kept, shared, _flops(model, batch) / ROWS)
 
 
-def layer_bytes(model: EncoderDecoderModel, inputs_length: int, targets_length: int, packed: bool = True) -> float:
+def layer_bytes(model: EncoderDecoderModel, inputs_length: int, targets_length: int) -> float:
     """Bytes of one row in the larger of an encoder's and a decoder's layer while its gradient is computed."""
-    batch = batch_shapes(ROWS, inputs_length, targets_length, packed)
+    batch = empty_batch(ROWS, inputs_length, targets_length)
     encoder, decoder = DEPTHS
     shallow = with_config(model, num_encoder_layers=encoder, num_decoder_layers=decoder, remat_policy="everything")
     layers = dict.fromkeys(DEPTHS, 0.0)

@@ -7,7 +7,6 @@ samples.jsonl), of vikhr-t5 or of vikhr-mistral.
 import json
 import math
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vikhr_t5.errors import UserError
+from vikhr_t5.files import records
 
 AXES = ("step", "tokens", "hours")
 
@@ -128,7 +128,7 @@ def read_run(folder: Path) -> Run:
     for name, file in (("model", "model_config.json"), ("vocabulary", "vocabulary/vocabulary.json")):
         if (folder / file).is_file():
             setattr(run, name, json.loads((folder / file).read_text(encoding="utf-8")))
-    for record in _lines(folder / "metrics.jsonl"):
+    for record in records(folder / "metrics.jsonl"):
         kind, now = record.get("kind"), float(record.get("time", 0.0))
         if kind == "start":
             run.start = {**record, "step": run.start.get("step", record["step"])}
@@ -143,18 +143,5 @@ def read_run(folder: Path) -> Run:
             run.evals.setdefault(str(record.get("task", "evaluation")), Table()).add(record)
         elif kind == "end":
             run.finished = bool(record.get("finished", True))
-    run.samples = [record for record in _lines(folder / "samples.jsonl") if "input" in record]
+    run.samples = [record for record in records(folder / "samples.jsonl") if "input" in record]
     return run
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record

@@ -79,7 +79,8 @@ def test_a_run_gives_its_last_samples_without_sentinels(tmp_path: Path) -> None:
         {"step": 2, "input": PAIRS[0][0], "target": PAIRS[0][1]},
     ]
     assert verify.held_out(tmp_path) == []
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    cut_short = '{"step": 3, "input": "поз'
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples) + cut_short)
     assert verify.held_out(tmp_path) == PAIRS
 
 

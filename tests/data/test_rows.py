@@ -201,6 +201,7 @@ def test_a_plan_is_kept_beside_the_store(
 
     with monkeypatch.context() as patch:
         patch.setattr("vikhr_t5.data.rows.plan_examples", never)
+        ExampleRows(TokenStore(folder), (S, T), seed=1, first_source=1)  # of another order; made when it is asked for
         again = ExampleRows(TokenStore(folder), (S, T), seed=0, first_source=1).plan
     assert np.array_equal(first.order, again.order)
     assert np.array_equal(first.bounds, again.bounds)

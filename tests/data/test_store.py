@@ -61,6 +61,8 @@ def test_reads_what_was_written(tmp_path_factory, shards, batch_tokens, data):
     for index, example in enumerate(examples):
         assert store.example(index)["targets"].tolist() == example
         assert store.example(index)["inputs"].tolist() == example[::-1]
+    with pytest.raises(IndexError):
+        store.example(len(examples))
     start = data.draw(st.integers(0, len(flat)))
     stop = data.draw(st.integers(start, len(flat)))
     assert store.tokens("targets", start, stop).tolist() == flat[start:stop]

@@ -1,5 +1,6 @@
 """The loop: exact resume after kill -9, signals, restore precedence, non-finite losses, the run folder."""
 
+import dataclasses
 import json
 import os
 import random
@@ -8,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -134,8 +137,33 @@ def test_small_types_and_host_memory_resume_to_the_bit(tmp_path, moment_dtype):
 
 def test_a_finished_run_does_nothing_more(whole_run):
     before = (whole_run / "metrics.jsonl").read_bytes()
-    assert run(whole_run, 12) == 12
+    with mock.patch.object(Trainer, "traced") as compiling:
+        assert run(whole_run, 12) == 12
+    compiling.assert_not_called()
     assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_step_is_compiled_while_the_data_start(tmp_path):
+    compiling = threading.Event()
+    traced = Trainer.traced
+
+    def mark(*arguments):
+        compiling.set()
+        return traced(*arguments)
+
+    class Packing(TinyDataset):
+        def pack(self):
+            assert compiling.wait(60), "packing came first"
+
+    with mock.patch.object(Trainer, "traced", mark):
+        assert run(tmp_path, 1, dataset=Packing(dataset_config())) == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_compiled(whole_run, tmp_path):
+    wider = tiny_model(dataclasses.replace(CONFIG, mlp_dim=64))
+    with mock.patch.object(Trainer, "traced") as compiling, pytest.raises(UserError, match="set T5Config"):
+        run(tmp_path, model=wider, initial=str(whole_run))
+    compiling.assert_not_called()
 
 
 def test_a_run_that_was_killed_before_its_last_line_gets_it(whole_run, tmp_path):
@@ -246,13 +274,13 @@ def test_batch_size_is_checked_before_anything_else(tmp_path):
 
 
 class ExplodingDataset(TinyDataset):
-    """A weight of infinity: the loss of step 6 (batch 5) is not finite."""
+    """A token that the embedding has no row for: the loss of step 6 (batch 5) is not finite."""
 
     def batches(self, *args, **kwargs):
         for number, batch in enumerate(super().batches(*args, **kwargs)):
-            weights = batch["decoder_loss_weights"].astype(np.float32)
-            weights[0, 0] = np.inf if number == 5 else 1
-            yield {**batch, "decoder_loss_weights": weights}
+            if number == 5:
+                batch["encoder_input_tokens"][0, 0] = 1000
+            yield batch
 
 
 def test_a_non_finite_loss_stops_and_names_the_last_good_checkpoint(tmp_path):

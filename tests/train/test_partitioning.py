@@ -47,6 +47,8 @@ def test_a_rule_for_an_unknown_mesh_axis_is_refused():
 def test_a_mesh_that_does_not_fit_names_the_devices():
     with pytest.raises(UserError, match=r"-1 x 3 x 1 does not use the 1 device"):
         _ = Partitioner(num_fsdp=3).mesh
+    with pytest.raises(UserError, match=r"-1 x 0 x 1 does not use the 1 device"):
+        _ = Partitioner(num_fsdp=0).mesh
 
 
 def test_batch_size():

@@ -79,7 +79,6 @@ class Dataset:
         source_names: `decoder_source_ids` == i + 1 stands for `source_names[i]`: a task, "task/denoiser", or
             "task/name" where a task's examples are named.
         example_rates: the share of examples of each task, by name.
-        row_rates: the share of rows of each task, by name.
         metrics: the metric functions of each task, by name.
         fingerprint: sha256 hex of all that decides what batch s holds; goes into checkpoints.
     """
@@ -98,8 +97,18 @@ class Dataset:
         self.lengths = _lengths(config)
         self.source_names = tuple(name for rows in tasks.values() for name in rows.sources)
         self.example_rates = _normalized({task: rates[task] for task in tasks})
-        # A row holds several examples, and seqio's rates count examples.
-        self.row_rates = _normalized({task: rates[task] / rows.examples_per_row for task, rows in tasks.items()})
+
+    def pack(self) -> None:
+        """Finds which examples share a row, unless an earlier run left that beside the store; else first use does."""
+        for rows in self.tasks.values():
+            _ = rows.num_rows
+
+    @functools.cached_property
+    def row_rates(self) -> dict[str, float]:
+        """The share of rows of each task, by name: a row holds several examples, and seqio's rates count examples."""
+        return _normalized(
+            {task: rate / self.tasks[task].examples_per_row for task, rate in self.example_rates.items()}
+        )
 
     @property
     def num_rows(self) -> dict[str, int]:

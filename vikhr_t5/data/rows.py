@@ -15,6 +15,7 @@ B rows, S inputs length, T targets length. Features (int32; 0 is padding), for t
 The names are those of seqio's `EncDecFeatureConverter`, `decoder_source_ids` apart.
 """
 
+import functools
 import itertools
 import zipfile
 from collections.abc import Sequence
@@ -241,7 +242,7 @@ class WindowRows:
 class ExampleRows:
     """Rows of a supervised task: whole examples, each trimmed to (S, T), as many as fit.
 
-    The examples that share a row are found once and stay together in all epochs.
+    The examples that share a row are found once, when first asked for, and stay together in all epochs.
 
     Args:
         store: holds the features `inputs` and `targets`.
@@ -254,9 +255,6 @@ class ExampleRows:
         UserError: the task lacks one of the features, or has no example.
     """
 
-    examples_per_row: float
-    fill: tuple[float, float]
-
     def __init__(self, store: TokenStore, lengths: tuple[int, int], seed: int, first_source: int, pack: bool = True):
         task = store.manifest.task
         if missing := {"inputs", "targets"} - set(store.manifest.features):
@@ -266,17 +264,45 @@ class ExampleRows:
             )
         if not len(store):
             raise UserError(f"task {task}, split {store.manifest.split!r}, has no examples: change its source or split")
-        self.store, self.lengths, self._first_source = store, lengths, first_source
+        self.store, self.lengths, self._seed, self._first_source, self._pack = store, lengths, seed, first_source, pack
         self.sources: tuple[str, ...] = (task,)
         if store.names is not None:
             self.sources = tuple(f"{task}/{name}" for name in store.names[1])
         self._key = key(seed, task)
-        trimmed = np.minimum(np.stack([store.lengths("inputs"), store.lengths("targets")], axis=1), lengths)
-        self.plan = self._saved_plan(trimmed, seed) if pack else plan_examples(trimmed, *lengths, seed, pack=False)
-        self.num_rows = self.plan.num_rows
-        self.examples_per_row = len(store) / self.num_rows
-        inputs, targets = trimmed.sum(axis=0) / self.num_rows / lengths
-        self.fill = (float(inputs), float(targets))
+
+    @functools.cached_property
+    def plan(self) -> ExamplePlan:
+        """Which examples share a row. First-fit over millions takes a while, so its result stays beside the store."""
+        if not self._pack:
+            return plan_examples(self._trimmed_lengths(), *self.lengths, self._seed, pack=False)
+        file = self.store.directory / f"rows-{digest(self.store.fingerprint, self.lengths, self._seed).hex()[:16]}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                return ExamplePlan(saved["order"], saved["bounds"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            plan = plan_examples(self._trimmed_lengths(), *self.lengths, self._seed)
+        try:
+            with atomic_path(file) as temporary, open(temporary, "wb") as handle:
+                np.savez(handle, order=plan.order, bounds=plan.bounds)
+        except OSError:
+            pass  # a cache that may only be read: the plan is made again next time
+        return plan
+
+    @property
+    def num_rows(self) -> int:
+        """See `Rows`."""
+        return self.plan.num_rows
+
+    @property
+    def examples_per_row(self) -> float:
+        """See `Rows`."""
+        return len(self.store) / self.num_rows
+
+    @property
+    def fill(self) -> tuple[float, float]:
+        """See `Rows`."""
+        inputs, targets = self._trimmed_lengths().sum(axis=0) / self.num_rows / self.lengths
+        return float(inputs), float(targets)
 
     def shuffled(self, epoch: int, place: int) -> int:
         """See `Rows`."""
@@ -311,17 +337,6 @@ class ExampleRows:
             return np.append(tokens[: length - 1], tokens[-1:])
         return tokens[:length]
 
-    def _saved_plan(self, lengths: np.ndarray, seed: int) -> ExamplePlan:
-        """First-fit over millions of examples takes a while, so its result stays beside the store."""
-        file = self.store.directory / f"rows-{digest(self.store.fingerprint, self.lengths, seed).hex()[:16]}.npz"
-        try:
-            with np.load(file, allow_pickle=False) as saved:
-                return ExamplePlan(saved["order"], saved["bounds"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            plan = plan_examples(lengths, *self.lengths, seed)
-        try:
-            with atomic_path(file) as temporary, open(temporary, "wb") as handle:
-                np.savez(handle, order=plan.order, bounds=plan.bounds)
-        except OSError:
-            pass  # a cache that may only be read: the plan is made again next time
-        return plan
+    def _trimmed_lengths(self) -> np.ndarray:
+        """int [E, 2] input and target tokens of each example."""
+        return np.minimum(np.stack([self.store.lengths(side) for side in ("inputs", "targets")], axis=1), self.lengths)

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import mmap
 import os
@@ -56,10 +57,12 @@ class CacheStale(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class _Column:
-    """One feature: per record batch its tokens, and where the batch starts in the concatenation of all."""
+    """One feature: per record batch its tokens, where in them each example starts (one more than examples), and where
+    the batch starts in the concatenation of all (one more than batches)."""
 
     values: list[np.ndarray]
-    starts: list[int]  # one more than values
+    offsets: list[np.ndarray]
+    starts: list[int]
 
 
 class _MappedFile:
@@ -127,8 +130,12 @@ class TokenStore:
         return self.manifest.num_tokens[feature]
 
     def lengths(self, feature: str) -> np.ndarray:
-        """Tokens of each example, int32 [N]."""
-        return np.diff(self._offsets[feature]).astype(np.int32)
+        """Tokens of each example, int32 [N]; reads as many numbers."""
+        for file in self._files:
+            for batch in file.batches():
+                file.will_need(batch.column(feature).offsets.buffers()[1])
+        lengths = [np.diff(offsets).astype(np.int32) for offsets in self._columns[feature].offsets]
+        return np.concatenate([np.empty(0, np.int32), *lengths])
 
     @functools.cached_property
     def names(self) -> tuple[np.ndarray, tuple[str, ...]] | None:
@@ -145,8 +152,14 @@ class TokenStore:
 
     def example(self, index: int) -> dict[str, np.ndarray]:
         """One example: feature -> int32 tokens (read-only)."""
-        bounds = {name: offsets[index : index + 2] for name, offsets in self._offsets.items()}
-        return {name: self.tokens(name, int(start), int(stop)) for name, (start, stop) in bounds.items()}
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)} in {self.directory}")
+        batch = bisect.bisect_right(self._first_examples, index) - 1
+        place, example = index - self._first_examples[batch], {}
+        for name, column in self._columns.items():
+            start, stop = column.offsets[batch][place : place + 2]
+            example[name] = column.values[batch][start:stop]
+        return example
 
     def tokens(self, feature: str, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the concatenation of all examples in store order: int32, read-only, and not copied
@@ -178,24 +191,16 @@ class TokenStore:
     def _columns(self) -> dict[str, _Column]:
         columns = {}
         for name in self.manifest.features:
-            values = [batch.column(name).values.to_numpy() for batch in self._batches]
-            columns[name] = _Column(values, [0, *np.cumsum([len(v) for v in values], dtype=np.int64).tolist()])
+            lists = [batch.column(name) for batch in self._batches]
+            values = [column.values.to_numpy() for column in lists]
+            offsets = [column.offsets.to_numpy() for column in lists]
+            columns[name] = _Column(values, offsets, [0, *itertools.accumulate(map(len, values))])
         return columns
 
     @functools.cached_property
-    def _offsets(self) -> dict[str, np.ndarray]:
-        """Where each example starts in the concatenation: int64 [N + 1] per feature."""
-        for file in self._files:
-            for batch in file.batches():
-                for name in self.manifest.features:
-                    file.will_need(batch.column(name).offsets.buffers()[1])
-        offsets = {}
-        for name, column in self._columns.items():
-            parts = [np.zeros(1, np.int64)]
-            for batch, start in zip(self._batches, column.starts, strict=False):
-                parts.append(batch.column(name).offsets.to_numpy()[1:] + start)
-            offsets[name] = np.concatenate(parts)
-        return offsets
+    def _first_examples(self) -> list[int]:
+        """Of each record batch the first example's number."""
+        return [0, *itertools.accumulate(batch.num_rows for batch in self._batches)][:-1]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

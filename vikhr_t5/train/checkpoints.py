@@ -278,6 +278,23 @@ def check_vocabulary(path: Path, vocabulary: AnyVocabulary) -> None:
         )
 
 
+def check_arrays(path: Path, like: TrainState, reset_optimizer: bool = False) -> None:
+    """Whether `restore` with the same arguments would work, by the arrays' names and shapes; raises as it does."""
+    import orbax.checkpoint as ocp
+
+    _silence_orbax()
+    hints = {"params": "set T5Config to the model that was saved"}
+    if _has_optimizer(path, reset_optimizer):
+        hints["opt_state"] = "use the optimizer that was saved, or set RestoreCheckpointConfig.reset_optimizer"
+    for item, hint in hints.items():
+        saved = _by_name(ocp.StandardCheckpointer().metadata(path / item).item_metadata.tree)
+        wanted = _by_name(getattr(like, item))
+        for name in [*wanted, *saved]:
+            have, want = (f"{list(t[name].shape)}" if name in t else "absent" for t in (saved, wanted))
+            if have != want:
+                raise UserError(f"checkpoint {path}: {item}/{name} is {have}, this model's is {want}: {hint}")
+
+
 def restore(path: Path, like: TrainState, reset_optimizer: bool = False) -> tuple[TrainState, dict[str, Any]]:
     """A checkpoint's state, placed as `like` says.
 
@@ -291,28 +308,20 @@ def restore(path: Path, like: TrainState, reset_optimizer: bool = False) -> tupl
     Raises:
       UserError: a parameter is missing, unknown, or of another shape; names it, with both shapes.
     """
+    import orbax.checkpoint as ocp
+
+    check_arrays(path, like, reset_optimizer)
     progress = json.loads((path / "progress.json").read_text())
     step = jax.device_put(np.int32(progress["step"]), like.step.sharding)
-    params = _restore_tree(path / "params", like.params, "set T5Config to the model that was saved")
-    opt_state = None
-    if not reset_optimizer and (path / "opt_state").is_dir():
-        hint = "use the optimizer that was saved, or set RestoreCheckpointConfig.reset_optimizer"
-        opt_state = _restore_tree(path / "opt_state", like.opt_state, hint)
+    checkpointer = ocp.StandardCheckpointer()
+    params, opt_state = checkpointer.restore(path / "params", like.params), None
+    if _has_optimizer(path, reset_optimizer):
+        opt_state = checkpointer.restore(path / "opt_state", like.opt_state)
     return TrainState(step, params, opt_state), progress
 
 
-def _restore_tree(path: Path, like: Any, hint: str) -> Any:
-    import orbax.checkpoint as ocp
-
-    _silence_orbax()
-    checkpointer = ocp.StandardCheckpointer()
-    saved = _by_name(checkpointer.metadata(path).item_metadata.tree)
-    wanted = _by_name(like)
-    for name in [*wanted, *saved]:
-        have, want = (f"{list(t[name].shape)}" if name in t else "absent" for t in (saved, wanted))
-        if have != want:
-            raise UserError(f"checkpoint {path.parent}: {path.name}/{name} is {have}, this model's is {want}: {hint}")
-    return checkpointer.restore(path, like)
+def _has_optimizer(path: Path, reset_optimizer: bool) -> bool:
+    return not reset_optimizer and (path / "opt_state").is_dir()
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -6,12 +6,15 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from vikhr_t5 import hosts
 from vikhr_t5.data.pipeline import DatasetConfig, open_dataset
+from vikhr_t5.data.rows import empty_batch
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import atomic_path
 from vikhr_t5.packages import require
@@ -22,7 +25,7 @@ from vikhr_t5.train.evaluate import Evaluator
 from vikhr_t5.train.interrupt import StopRequest
 from vikhr_t5.train.partitioning import Partitioner
 from vikhr_t5.train.profiler import Profiler
-from vikhr_t5.train.starting import starting_state
+from vikhr_t5.train.starting import find_start, starting_state
 from vikhr_t5.train.state import EncoderDecoderModel
 from vikhr_t5.train.step import Trainer, zero_sums
 
@@ -105,8 +108,9 @@ def train(
             f" ({checkpoint_cfg.save.period}) a multiple of EVAL_PERIOD ({eval_period})"
         )
     saver = Checkpoints(folder / "checkpoints", checkpoint_cfg.save)
-    state, progress, origin = starting_state(model, shardings, saver.newest(), checkpoint_cfg.restore, random_seed)
-    first, step = progress["first_step"], int(state.step)
+    start = find_start(model, shardings, saver.newest(), checkpoint_cfg.restore, random_seed)
+    progress, origin = start.progress, start.origin
+    first, step = progress["first_step"], progress["step"]
     total_steps = total_steps if relative_steps is None else first + relative_steps
     if progress.get("dataset", dataset.fingerprint) != dataset.fingerprint:
         _say("the data or its configuration is not the checkpoint's: batches continue, by number, in the new data")
@@ -124,12 +128,20 @@ def train(
         return step
     profiler = Profiler(folder / "profile", profile_steps, total_steps - step)
 
+    # XLA compiles the step while examples are packed, parameters are read or drawn, and the first batch is made.
+    num_sources = len(dataset.source_names)
+    rows, (inputs_length, targets_length) = dataset.batch_size, dataset.lengths
+    traced = partial(trainer.traced, model, partitioner, num_sources, empty_batch(rows, inputs_length, targets_length))
+    compiling = ThreadPoolExecutor(1, "compiling").submit(lambda: traced().lower().compile())
+    with hosts.first("packing the examples"):
+        for opened in filter(None, (dataset, eval_dataset)):
+            opened.pack()
+    state = starting_state(start, model, shardings)
+
     files = checkpoints.described(model, config_text)
     for name, content in files.items() if jax.process_index() == 0 else ():
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
-    num_sources = len(dataset.source_names)
-    rows, (inputs_length, targets_length) = dataset.batch_size, dataset.lengths
     peak, peak_source = metrics.peak_flops(model.config.dtype)
     cost = metrics.Cost(
         batch_shape=(rows, inputs_length, targets_length),
@@ -146,7 +158,7 @@ def train(
         return partitioner.put_batch(next(batches), rows)
 
     batch, sums = next_batch(), zeros()
-    run_step = trainer.jitted(model, partitioner, num_sources).lower(state, sums, batch, dropout_key).compile()
+    run_step = compiling.result()
 
     log = metrics.MetricsLog(folder, step, wandb_project, config_text)
     about = dict(origin=origin, total_steps=total_steps, parameters=model.config.param_count(), peak=peak_source)

@@ -68,7 +68,7 @@ class Partitioner:
     def mesh(self) -> Mesh:
         devices = jax.device_count()
         fixed = self.num_fsdp * self.num_tensor
-        data = devices // fixed if self.num_data == -1 else self.num_data
+        data = devices // max(fixed, 1) if self.num_data == -1 else self.num_data
         if data * fixed != devices or min(data, self.num_fsdp, self.num_tensor) < 1:
             raise UserError(
                 f"a mesh of data x fsdp x tensor = {self.num_data} x {self.num_fsdp} x {self.num_tensor} does not use"

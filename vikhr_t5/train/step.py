@@ -99,6 +99,12 @@ class Trainer:
             donate_argnums=(0, 1),
         )
 
+    def traced(self, model: EncoderDecoderModel, partitioner: Partitioner, num_sources: int, batch: Any) -> Any:
+        """`jitted`, traced for a state and a `batch` of which only shapes are read: `lower().compile()` makes a step
+        of it before there are any."""
+        sums, key = jax.eval_shape(lambda: (zero_sums(num_sources), jax.random.key(0)))
+        return self.jitted(model, partitioner, num_sources).trace(model.abstract_state(), sums, batch, key)
+
     def _gradients(
         self, model: EncoderDecoderModel, params: Any, batch: Batch, weights: Array, num_sources: int, key: Array
     ) -> tuple[Any, Sums]:
