@@ -51,14 +51,25 @@ def sum_over_rows(x: Array, g: Array) -> Array:
     """x^T g, summed over all rows: [..., D], [..., F] -> [D, F], float32.
 
     In bfloat16 on a CPU, XLA multiplies fast what is contracted on the last dimension of its left side, and turns
-    anything else into float32 first. The barrier is for a caller who transposes the result: XLA would swap the sides
-    of the product, and fails when that runs.
+    anything else into float32 first. So one side is transposed: the narrower one, as XLA computes what it transposes
+    element by element, an activation, too. The barrier is for what transposes the result: XLA would swap the sides of
+    the product, and fails when that runs.
     """
-    rows = g.reshape(-1, g.shape[-1])
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        columns = jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1)
-        return lax.optimization_barrier(_contract(columns, rows, [1], [0]))
-    return _contract(x.reshape(-1, x.shape[-1]), rows, [0], [0])
+    if x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+        return _contract(_rows(x), _rows(g), [0], [0])
+    if g.shape[-1] < x.shape[-1]:
+        return lax.optimization_barrier(_contract(_columns(g), _rows(x), [1], [0])).T
+    return lax.optimization_barrier(_contract(_columns(x), _rows(g), [1], [0]))
+
+
+def _rows(x: Array) -> Array:
+    """[..., D] -> [N, D]"""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _columns(x: Array) -> Array:
+    """[..., D] -> [D, N]"""
+    return jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1)
 
 
 def _contract(
