@@ -70,9 +70,10 @@ def test_dropout_of_value_rows_is_dropout_of_weights():
     np.testing.assert_allclose(of_weights, of_rows, atol=1e-6)
 
 
+@pytest.mark.parametrize("features", [5, 13])  # narrower and wider than the input
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_dense_and_its_gradient(dtype):
-    x, kernel, g = normal(0, B, T, 8, dtype=dtype), normal(1, 8, 5), normal(2, B, T, 5, dtype=dtype)
+def test_dense_and_its_gradient(dtype, features):
+    x, kernel, g = normal(0, B, T, 8, dtype=dtype), normal(1, 8, features), normal(2, B, T, features, dtype=dtype)
     exact = (np.asarray(a, np.float64) for a in (x, kernel.astype(dtype), g))
     x64, kernel64, g64 = exact
     value, pull = jax.vjp(ops.dense, x, kernel)
@@ -85,11 +86,12 @@ def test_dense_and_its_gradient(dtype):
     np.testing.assert_allclose(d_kernel, np.einsum("btd,btf->df", x64, g64), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("features", [5, 13])
 @pytest.mark.parametrize("shape", [(B, T), (1, T), (B, 1)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_transposed_kernel_has_its_gradient(dtype, shape):
+def test_a_transposed_kernel_has_its_gradient(dtype, shape, features):
     """An output layer tied to the embedding. XLA once compiled the transposed product and could not run it."""
-    x, table, g = normal(0, *shape, 8, dtype=dtype), normal(1, 5, 8), normal(2, *shape, 5, dtype=dtype)
+    x, table, g = normal(0, *shape, 8, dtype=dtype), normal(1, features, 8), normal(2, *shape, features, dtype=dtype)
     gradient = jax.jit(lambda x, table, g: jax.vjp(lambda table: ops.dense(x, table.T), table)[1](g)[0])(x, table, g)
     expected = np.einsum("btf,btd->fd", *(np.asarray(a, np.float64) for a in (g, x)))
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)

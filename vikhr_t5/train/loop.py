@@ -7,8 +7,8 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -128,11 +128,15 @@ def train(
         return step
     profiler = Profiler(folder / "profile", profile_steps, total_steps - step)
 
-    # XLA compiles the step while examples are packed, parameters are read or drawn, and the first batch is made.
     num_sources = len(dataset.source_names)
     rows, (inputs_length, targets_length) = dataset.batch_size, dataset.lengths
-    traced = partial(trainer.traced, model, partitioner, num_sources, empty_batch(rows, inputs_length, targets_length))
-    compiling = ThreadPoolExecutor(1, "compiling").submit(lambda: traced().lower().compile())
+
+    def compiled_step() -> Any:
+        batch = empty_batch(rows, inputs_length, targets_length)
+        return trainer.traced(model, partitioner, num_sources, batch).lower().compile()
+
+    # Meanwhile examples are packed, parameters are read or drawn, and the first batch is made.
+    compiling = ThreadPoolExecutor(1, "compiling").submit(compiled_step)
     with hosts.first("packing the examples"):
         for opened in filter(None, (dataset, eval_dataset)):
             opened.pack()
