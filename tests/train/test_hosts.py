@@ -226,6 +226,13 @@ def test_killed_at_any_moment_two_processes_end_as_uninterrupted(tmp_path):
     assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
 
 
+def test_two_processes_train_as_one(tmp_path):
+    run(tmp_path / "one", 2, stats_period=1, evaluate=False)
+    with started(tmp_path / "two", 2, total_steps=2, evaluate=False) as processes:
+        assert [host.end()[0] for host in processes] == [0, 0]
+    assert_continues_as(tmp_path / "two", tmp_path / "one")
+
+
 def test_bad_input_on_one_host_ends_all_with_its_line(tmp_path):
     with started(tmp_path, 2, period=[2, 0]) as processes:
         ends = [host.end() for host in processes]

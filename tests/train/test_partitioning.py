@@ -62,7 +62,7 @@ def test_an_unknown_memory_is_refused():
         Partitioner(optimizer_memory="host")
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_an_accelerator_fetches_the_optimizer_and_offloads_layer_inputs(platform):
     """Lowered here: the optimizer's arrays come from the host's memory, and what layers receive goes there."""
     model = tiny_model(dataclasses.replace(CONFIG, remat_policy="layer_inputs_on_host"), AdamW())

@@ -5,7 +5,7 @@ sharding can change it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -99,10 +99,12 @@ class Trainer:
             donate_argnums=(0, 1),
         )
 
-    def traced(self, model: EncoderDecoderModel, partitioner: Partitioner, num_sources: int, batch: Any) -> Any:
-        """`jitted`, traced for a state and a `batch` of which only shapes are read: `lower().compile()` makes a step
-        of it before there are any."""
+    def traced(
+        self, model: EncoderDecoderModel, partitioner: Partitioner, num_sources: int, batch: Mapping[str, Any]
+    ) -> Any:
+        """`jitted`, traced for shapes, those of `batch` among them: `lower().compile()` of it is a step."""
         sums, key = jax.eval_shape(lambda: (zero_sums(num_sources), jax.random.key(0)))
+        batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
         return self.jitted(model, partitioner, num_sources).trace(model.abstract_state(), sums, batch, key)
 
     def _gradients(
