@@ -20,7 +20,7 @@ from conversion.stored import DTYPES, StoredModel, arrays, shapes
 from vikhr_t5.data.vocabulary import AnyVocabulary, load_vocabulary, vocabulary_files
 from vikhr_t5.errors import UserError
 from vikhr_t5.model.config import T5Config
-from vikhr_t5.train.checkpoint_files import find_checkpoint, seal
+from vikhr_t5.train.checkpoint_files import find_checkpoint, read_progress, seal
 
 # Chunks are read once and in order: no cache.
 _CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -38,7 +38,7 @@ class Checkpoint:
         self.folder = find_checkpoint(path)
         self.config = T5Config.from_json((self.folder / "model_config.json").read_text())
         self.vocabulary: AnyVocabulary | None = load_vocabulary(self.folder / "vocabulary")
-        self.step = json.loads((self.folder / "progress.json").read_text())["step"]
+        self.step = read_progress(self.folder)["step"]
         self._params = _Arrays(self.folder / "params")
         names.account(self._params.shapes(), shapes(self.config), f"checkpoint {self.folder}")
         self.dtype = self._params.open("token_embedder/embedding").dtype.name

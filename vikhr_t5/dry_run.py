@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from vikhr_t5.data.store import CacheMissing, CacheStale, open_cached
 from vikhr_t5.errors import UserError
 from vikhr_t5.plan_memory import state_bytes
 from vikhr_t5.progress import human
-from vikhr_t5.train.checkpoint_files import find_checkpoint
+from vikhr_t5.train.checkpoint_files import find_checkpoint, read_progress
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
 from vikhr_t5.train.partitioning import Partitioner
 from vikhr_t5.train.state import EncoderDecoderModel
@@ -122,7 +121,7 @@ def _origin(model_dir: str, restore: RestoreCheckpointConfig | None) -> tuple[st
         with contextlib.suppress(UserError):
             if path:
                 found = find_checkpoint(path)
-                progress = json.loads((found / "progress.json").read_text())
+                progress = read_progress(found)
                 return str(found), progress["step"], progress[first]
     if restore is None or not restore.path:
         return "fresh parameters", 0, 0

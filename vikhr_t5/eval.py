@@ -21,6 +21,7 @@ from vikhr_t5.data.pipeline import DatasetConfig
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import records, write_text_atomic
 from vikhr_t5.inference import Decoding, Predictor
+from vikhr_t5.train.checkpoint_files import read_progress
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig, check_vocabulary
 from vikhr_t5.train.metrics import MetricsLog
 from vikhr_t5.train.partitioning import Partitioner
@@ -155,7 +156,7 @@ class _Task:
 
 
 def _step(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "progress.json").read_text())["step"])
+    return int(read_progress(checkpoint)["step"])
 
 
 def _done(folder: Path, config_text: str) -> dict[tuple[int, str], Metrics]:

@@ -96,7 +96,8 @@ class Dataset:
         self.batch_size = config.batch_size
         self.lengths = _lengths(config)
         self.source_names = tuple(name for rows in tasks.values() for name in rows.sources)
-        self.example_rates = _normalized({task: rates[task] for task in tasks})
+        self._rates = {task: rates[task] for task in tasks}
+        self.example_rates = _normalized(self._rates)
 
     def pack(self) -> None:
         """Finds which examples share a row, unless an earlier run left that beside the store; else first use does."""
@@ -106,9 +107,7 @@ class Dataset:
     @functools.cached_property
     def row_rates(self) -> dict[str, float]:
         """The share of rows of each task, by name: a row holds several examples, and seqio's rates count examples."""
-        return _normalized(
-            {task: rate / self.tasks[task].examples_per_row for task, rate in self.example_rates.items()}
-        )
+        return _normalized({task: rate / self.tasks[task].examples_per_row for task, rate in self._rates.items()})
 
     @property
     def num_rows(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from vikhr_t5.errors import UserError
 from vikhr_t5.files import write_text_atomic
@@ -60,6 +61,12 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """`progress.json` of a whole checkpoint: {"step", "first_step", "seed", "tokens", ...}."""
+    progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+    return progress
 
 
 def steps(directory: Path) -> list[Path]:

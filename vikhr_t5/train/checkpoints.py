@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ import numpy as np
 from vikhr_t5.data.vocabulary import AnyVocabulary, vocabulary_files, vocabulary_record
 from vikhr_t5.errors import UserError, nearest
 from vikhr_t5.files import system_error
-from vikhr_t5.train.checkpoint_files import defect, find_checkpoint, find_checkpoints, seal, steps
+from vikhr_t5.train.checkpoint_files import defect, find_checkpoint, find_checkpoints, read_progress, seal, steps
 from vikhr_t5.train.state import EncoderDecoderModel, TrainState
 
 _CHUNK_BYTES = 2**26
@@ -311,7 +310,7 @@ def restore(path: Path, like: TrainState, reset_optimizer: bool = False) -> tupl
     import orbax.checkpoint as ocp
 
     check_arrays(path, like, reset_optimizer)
-    progress = json.loads((path / "progress.json").read_text())
+    progress = read_progress(path)
     step = jax.device_put(np.int32(progress["step"]), like.step.sharding)
     checkpointer = ocp.StandardCheckpointer()
     params, opt_state = checkpointer.restore(path / "params", like.params), None

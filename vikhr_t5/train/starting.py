@@ -1,6 +1,5 @@
 """Where a run starts from: its own checkpoint, another one, or fresh parameters."""
 
-import json
 import os
 import secrets
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 from vikhr_t5 import hosts
 from vikhr_t5.errors import UserError
 from vikhr_t5.train import checkpoints
-from vikhr_t5.train.checkpoint_files import defect
+from vikhr_t5.train.checkpoint_files import defect, read_progress
 from vikhr_t5.train.checkpoints import RestoreCheckpointConfig
 from vikhr_t5.train.partitioning import placed
 from vikhr_t5.train.state import EncoderDecoderModel, TrainState
@@ -57,14 +56,14 @@ def find_start(
     like = placed(model.abstract_state(), shardings)
     if own := hosts.once(lambda: newest and os.fspath(newest), "finding the newest checkpoint"):
         path = _readable(Path(own), model, like)
-        return Start(path, False, _progress(path), f"resumed from {path}")
+        return Start(path, False, read_progress(path), f"resumed from {path}")
     seed = hosts.once(lambda: secrets.randbits(31) if random_seed is None else random_seed, "drawing a seed")
     counters = {"step": 0, "first_step": 0, "seed": seed, "tokens": 0}
     if initial is None or initial.path is None:
         return Start(None, False, counters, f"fresh parameters, seed {seed}")
     found = hosts.once(lambda: os.fspath(initial.one()), "finding the initial checkpoint")
     path = _readable(Path(found), model, like, initial.reset_optimizer)
-    step = _progress(path)["step"]
+    step = read_progress(path)["step"]
     counters |= {"step": step, "first_step": step}
     return Start(path, initial.reset_optimizer, counters, f"started from {path}")
 
@@ -93,8 +92,3 @@ def _readable(path: Path, model: EncoderDecoderModel, like: TrainState, reset_op
     checkpoints.check_vocabulary(path, model.vocabulary)
     checkpoints.check_arrays(path, like, reset_optimizer)
     return path
-
-
-def _progress(path: Path) -> dict[str, Any]:
-    progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
-    return progress
