@@ -5,7 +5,7 @@
 steps   seconds of a compiled training step of a small T5, by layers of each stack and by batch size; the sizes take
         turns, the median counts. A line through them, with R².
 start   seconds from a fresh process's `open_dataset` to its first batch, for stores of 10 MB to 1 GB of tokens, of
-        text (windows, denoised) and of supervised examples (packed); the median of three processes.
+        text (windows, denoised) and of supervised examples (packed): the first time, and then the median of three.
 memory  resident memory (and its anonymous part, without the pages of the store's files) over 5,000 steps of the whole
         loop on a real token store, with a checkpoint and an evaluation every 500 steps. A line through the last 3,000:
         the first saves and evaluations still find memory of their own.
@@ -130,14 +130,16 @@ def measure_start() -> dict[str, Any]:
         vocabulary, documents = vocabulary_and_documents(folder)
         examples = {"inputs": [ids[:200] for ids in documents], "targets": [ids[200:280] for ids in documents]}
         for kind, columns, mixture in (("text", {"targets": documents}, "ul2"), ("supervised", examples, None)):
-            seconds, once = [], 4 * sum(len(ids) for column in columns.values() for ids in column)
+            once = 4 * sum(len(ids) for column in columns.values() for ids in column)
+            found[kind], found[f"{kind}, first"] = [], []
             for megabytes in MEGABYTES:
                 task = f"{kind}_{megabytes}"
                 write_store(folder, task, vocabulary, columns, max(1, round(megabytes * 1e6 / once)), mixture)
                 command = [sys.executable, __file__, "--open", str(folder), task]
-                runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
-                seconds.append(median(json.loads(run.stdout)["seconds"] for run in runs))
-            found[kind] = seconds
+                runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(4)]
+                first, *later = (json.loads(run.stdout)["seconds"] for run in runs)
+                found[f"{kind}, first"].append(first)
+                found[kind].append(median(later))
     return found
 
 
@@ -209,8 +211,9 @@ def plot(results: dict[str, Any], picture: Path) -> None:
             axis.set(title=f"step time: R² = {found['r2']:.4f}", xlabel=label, ylabel="seconds", ylim=(0, None))
     if "start" in results:
         found = results["start"]
-        for kind in ("text", "supervised"):
-            axes[2].plot(found["megabytes"], found[kind], "o-", label=kind)
+        for color, kind in (("tab:blue", "text"), ("tab:orange", "supervised")):
+            axes[2].plot(found["megabytes"], found[kind], "o-", color=color, label=kind)
+            axes[2].plot(found["megabytes"], found[f"{kind}, first"], "o:", color=color, label=f"{kind}, first time")
         axes[2].set(title="data start-up, to the first batch", xlabel="MB of tokens", ylabel="seconds", xscale="log")
         axes[2].set_ylim(0, None)
         axes[2].legend()

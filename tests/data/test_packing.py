@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vikhr_t5.data import packing
 from vikhr_t5.data.denoisers import MIXTURES, Denoiser, longest_window, mixture, window
 from vikhr_t5.data.packing import STRATA, plan_examples, plan_windows
 from vikhr_t5.errors import UserError
@@ -108,10 +109,18 @@ def test_lengths_too_short_for_a_denoiser() -> None:
 # ---- examples --------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=200), st.integers(0, 9))
-def test_every_example_is_packed_once_and_no_row_overflows(lengths: list[tuple[int, int]], seed: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=200),
+    st.integers(0, 9),
+    st.sampled_from([3, 50, packing.EXAMPLES_PER_LANE]),
+)
+def test_every_example_is_packed_once_and_no_row_overflows(
+    lengths: list[tuple[int, int]], seed: int, examples_per_lane: int
+) -> None:
     table = np.array(lengths)
-    plan = plan_examples(table, 64, 32, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "EXAMPLES_PER_LANE", examples_per_lane)
+        plan = plan_examples(table, 64, 32, seed)
     assert sorted(plan.order.tolist()) == list(range(len(lengths)))
     rows = [plan.examples(row) for row in range(plan.num_rows)]
     assert [index for examples in rows for index in examples] == plan.order.tolist()

@@ -205,7 +205,7 @@ def test_a_plan_is_kept_beside_the_store(
         again = ExampleRows(TokenStore(folder), (S, T), seed=0, first_source=1).plan
     assert np.array_equal(first.order, again.order)
     assert np.array_equal(first.bounds, again.bounds)
-    (file,) = folder.glob("rows-*.npz")
+    (file,) = folder.glob("rows-*.npy")
     file.write_bytes(file.read_bytes()[:100])  # cut short: it is made again
     assert np.array_equal(ExampleRows(TokenStore(folder), (S, T), seed=0, first_source=1).plan.order, first.order)
 

@@ -17,7 +17,6 @@ The names are those of seqio's `EncDecFeatureConverter`, `decoder_source_ids` ap
 
 import functools
 import itertools
-import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -272,18 +271,21 @@ class ExampleRows:
 
     @functools.cached_property
     def plan(self) -> ExamplePlan:
-        """Which examples share a row. First-fit over millions takes a while, so its result stays beside the store."""
+        """Which examples share a row. It stays beside the store, and is mapped from there: as large as the store is."""
         if not self._pack:
             return plan_examples(self._trimmed_lengths(), *self.lengths, self._seed, pack=False)
-        file = self.store.directory / f"rows-{digest(self.store.fingerprint, self.lengths, self._seed).hex()[:16]}.npz"
+        examples = len(self.store)
+        file = self.store.directory / f"rows-{digest(self.store.fingerprint, self.lengths, self._seed).hex()[:16]}.npy"
         try:
-            with np.load(file, allow_pickle=False) as saved:
-                return ExamplePlan(saved["order"], saved["bounds"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            plan = plan_examples(self._trimmed_lengths(), *self.lengths, self._seed)
+            saved = np.load(file, mmap_mode="r")
+            if saved[-1] == examples:
+                return ExamplePlan(saved[:examples], saved[examples:])
+        except (OSError, ValueError, EOFError):
+            pass  # none, or cut short
+        plan = plan_examples(self._trimmed_lengths(), *self.lengths, self._seed)
         try:
             with atomic_path(file) as temporary, open(temporary, "wb") as handle:
-                np.savez(handle, order=plan.order, bounds=plan.bounds)
+                np.save(handle, np.concatenate([plan.order, plan.bounds]))
         except OSError:
             pass  # a cache that may only be read: the plan is made again next time
         return plan

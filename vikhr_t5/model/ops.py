@@ -198,7 +198,18 @@ def _logits(q: Array, k: Array, mask: Array, bias: Array | None, float32_logits:
     return jnp.where(mask[..., None, :, :], logits, MASKED)
 
 
+def _over_keys(weights: Array, values: Array) -> Array:
+    """Sum of weights [..., H, T, S] times values [..., S, H, K] over the keys -> [..., T, H, K]."""
+    return _einsum("...hts,...shk->...htk", weights, values).swapaxes(-3, -2)
+
+
+def _over_queries(weights: Array, values: Array) -> Array:
+    """Sum of weights [..., H, T, S] times values [..., T, H, K] over the queries -> [..., S, H, K]."""
+    return jnp.moveaxis(_einsum("...thk,...hts->...hks", values, weights), -1, -3)
+
+
 def _einsum(formula: str, a: Array, b: Array) -> Array:
+    """The product in float32. Its result's order is what XLA's fast products give; else it transposes before them."""
     return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
 
 
@@ -210,7 +221,7 @@ def _attention_forward(
         largest = logits.max(axis=-1)
         weights = jnp.exp(logits - largest[..., None])
         inverse = 1 / weights.sum(axis=-1)
-        attended = _einsum("...hts,...shk->...thk", weights.astype(q.dtype), v) * inverse.mT[..., None]
+        attended = _over_keys(weights.astype(q.dtype), v) * inverse.mT[..., None]
         return (attended.astype(q.dtype).reshape(*q.shape[:-2], -1), largest, inverse), None
 
     results, _ = _over_batch(attend, (query, key, value, mask), None)
@@ -230,9 +241,9 @@ def _attention_backward(float32_logits: bool, kept: tuple, g: Array) -> tuple:
         along = jnp.sum(g.astype(jnp.float32) * attended, axis=-1).mT[..., None]  # [..., H, T, 1]
         d_logits = weights * (_einsum("...thk,...shk->...hts", g, v) - along)
         low = d_logits.astype(dtype)
-        dq = _einsum("...hts,...shk->...thk", low, k).astype(dtype)
-        dk = _einsum("...hts,...thk->...shk", low, q).astype(dtype)
-        dv = _einsum("...hts,...thk->...shk", weights.astype(dtype), g).astype(dtype)
+        dq = _over_keys(low, k).astype(dtype)
+        dk = _over_queries(low, q).astype(dtype)
+        dv = _over_queries(weights.astype(dtype), g).astype(dtype)
         return (dq, dk, dv), None if bias is None else d_logits
 
     zero = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
