@@ -4,7 +4,8 @@
     python benchmarks/roofline.py --size base --batch_size 4 --json
 
 Every product of a step (forward, the gradient of its input, the gradient of its kernel) is timed alone at its own
-shape, in float32 and bfloat16, in JAX and in torch; the best of the repeats counts. A library's floor is the sum over
+shape, those of attention for one row of the batch, in float32 and bfloat16, in JAX (as our step writes it) and in
+torch; the best of the repeats counts. A library's floor is the sum over
 all products of FLOPs / rate: a step of nothing but matmuls, to which norms, softmax, masks, the optimizer and memory
 can only add. The machine's floor takes the faster library for each product.
 
@@ -25,14 +26,15 @@ from typing import Any, NamedTuple
 DTYPES = ("float32", "bfloat16")
 LIBRARIES = ("jax", "torch")
 VOCABULARY = 32128
+CALLS = 4
 
 
 class Product(NamedTuple):
-    """One kind of matmul [rows, inner] x [inner, columns] (batched: `batch` of them), and how often a step has it."""
+    """One kind of matmul [rows, inner] x [inner, columns], for each of `heads`, and how often a step has it."""
 
     part: str  # "encoder", "decoder" or "head"
     name: str
-    batch: int
+    heads: int  # of one row of the batch; 1: not of attention
     rows: int
     inner: int
     columns: int
@@ -40,7 +42,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        return 2 * self.batch * self.rows * self.inner * self.columns
+        return 2 * self.heads * self.rows * self.inner * self.columns
 
 
 def products(size: tuple[int, int, int, int, int], batch: int, inputs: int, targets: int) -> list[Product]:
@@ -52,8 +54,8 @@ def products(size: tuple[int, int, int, int, int], batch: int, inputs: int, targ
 
     def attention(part: str, name: str, queries: int, keys: int) -> list[Product]:
         return [
-            Product(part, f"{name}: logits", batch * heads, queries, k, keys, layers),
-            Product(part, f"{name}: weights x values", batch * heads, queries, keys, k, layers),
+            Product(part, f"{name}: logits", heads, queries, k, keys, layers * batch),
+            Product(part, f"{name}: weights x values", heads, queries, keys, k, layers * batch),
         ]
 
     def stack(part: str, length: int) -> list[Product]:
@@ -77,16 +79,14 @@ def products(size: tuple[int, int, int, int, int], batch: int, inputs: int, targ
 
 
 def calls(library: str, dtype: str, product: Product) -> list[Callable[[], Any]]:
-    """The three products: forward, gradient of the left side, gradient of the right side. Each blocks until done."""
-    _, _, batch, rows, inner, columns, _ = product
-    shapes = [(batch, rows, inner), (batch, inner, columns), (batch, rows, columns)]
-    if batch == 1:
-        shapes = [shape[1:] for shape in shapes]
+    """The three products: forward, gradient of the left side, gradient of the right side."""
+    _, _, heads, rows, inner, columns, _ = product
     if library == "torch":
         import torch
 
+        shapes = [(heads, rows, inner), (heads, inner, columns), (heads, rows, columns)]
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        x, w, g = (torch.randn(shape).to(getattr(torch, dtype)) for shape in shapes)
+        x, w, g = (torch.randn(shape).squeeze(0).to(getattr(torch, dtype)) for shape in shapes)
         return [lambda: x @ w, lambda: g @ w.mT, lambda: x.mT @ g]
 
     import jax
@@ -94,29 +94,39 @@ def calls(library: str, dtype: str, product: Product) -> list[Callable[[], Any]]
 
     from vikhr_t5.model import ops
 
-    x, w, g = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in shapes)
-
     def multiply(formula: str) -> Callable[[Any, Any], Any]:
         return lambda a, b: jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
 
-    functions: list[Callable[[Any, Any], Any]] = [multiply("...rk,...kc->...rc"), multiply("...rc,...kc->...rk")]
-    functions.append(multiply("...rk,...rc->...kc") if batch > 1 else ops.sum_over_rows)
-    # The rows of a batch stand apart, as in the step: XLA sees [B, T, D], and so does `sum_over_rows`.
-    apart = (lambda y: y) if batch > 1 else (lambda y: y.reshape(2, -1, y.shape[-1]))
-    pairs = [(x, w), (g, w), (apart(x), apart(g))]
-    compiled = [jax.jit(f).lower(*pair).compile() for f, pair in zip(functions, pairs, strict=True)]
-    return [lambda f=f, pair=pair: jax.block_until_ready(f(*pair)) for f, pair in zip(compiled, pairs, strict=True)]  # type: ignore[misc]
+    def random(*shape: int) -> Any:
+        return jax.random.normal(jax.random.key(0), shape).astype(dtype)
+
+    # As the step has them: rows of a batch apart, [B, T, D] for `sum_over_rows`; in attention heads apart, [T, H, K].
+    logits = multiply("thk,shk->hts")
+    if heads == 1:
+        x, w, g = random(2, rows // 2, inner), random(inner, columns), random(2, rows // 2, columns)
+        pairs = [(multiply("...k,kc->...c"), x, w), (multiply("...c,kc->...k"), g, w), (ops.sum_over_rows, x, g)]
+    elif product.name.endswith("logits"):
+        q, k, g = random(rows, heads, inner), random(columns, heads, inner), random(heads, rows, columns)
+        pairs = [(logits, q, k), (ops.over_keys, g, k), (ops.over_queries, g, q)]
+    else:
+        w, v, g = random(heads, rows, inner), random(inner, heads, columns), random(rows, heads, columns)
+        pairs = [(ops.over_keys, w, v), (logits, g, v), (ops.over_queries, w, g)]
+    compiled = [(jax.jit(f).lower(*pair).compile(), pair) for f, *pair in pairs]
+    return [lambda f=f, pair=pair: f(*pair) for f, pair in compiled]  # type: ignore[misc]
 
 
 def best(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds of the fastest of `repeats` calls, after one that warms up."""
-    call()
-    times = []
-    for _ in range(repeats):
+    """Seconds of a call: the fastest of `repeats` times `CALLS` of them, after some that warm up."""
+
+    def seconds() -> float:
         start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        results = [call() for _ in range(CALLS)]
+        for result in results:
+            getattr(result, "block_until_ready", lambda: None)()  # JAX returns before it has computed
+        return (time.perf_counter() - start) / CALLS
+
+    seconds()
+    return min(seconds() for _ in range(repeats))
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

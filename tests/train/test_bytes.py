@@ -35,6 +35,7 @@ seqio.TaskRegistry.add(
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_bytes_takes_steps_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     demo = Path(__file__).parents[2] / "tasks" / "demo_data" / "ru.txt"

@@ -86,6 +86,7 @@ def test_an_accelerator_fetches_the_optimizer_and_offloads_layer_inputs(platform
     assert sum(where == "pinned_host" for _, where in moved) == arrays + 2
 
 
+@pytest.mark.slow
 def test_four_devices_equal_one():
     """Data, fsdp and tensor meshes, in a process of its own: losses, parameters, evaluation, restored checkpoints.
 
