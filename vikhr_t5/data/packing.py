@@ -234,8 +234,8 @@ def plan_examples(
 ) -> ExamplePlan:
     """Packs examples by first-fit, in a random order, into whichever of the open rows has room on both sides.
 
-    Lanes of `EXAMPLES_PER_LANE` examples are packed apart, into rows of their own, so that NumPy takes one example of
-    each lane at a time: a million examples take a second.
+    Lanes of `EXAMPLES_PER_LANE` examples are packed apart, into rows of their own, so that NumPy places one example of
+    each lane at a time: a million examples take half a second.
 
     Args:
         lengths: int [E, 2] input and target tokens of each example; what is over the row's length will be trimmed.
