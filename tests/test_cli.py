@@ -181,6 +181,7 @@ def test_train_starts_again_once_with_huge_pages(given, seen, tmp_path):
     assert process.returncode == 2
 
 
+@pytest.mark.slow
 def test_from_text_to_a_resumed_run_without_tensorflow(tmp_path):
     """vocab train, train (which caches first), then train again where importing TensorFlow, seqio or torch is fatal."""
     forbidden = tmp_path / "forbidden"

@@ -289,6 +289,7 @@ def test_flags_of_any_settings_are_flags_of_train(optimizer):
     assert getattr(got.optimizer, "moment_dtype", "") == getattr(optimizer, "moment_dtype", "")
 
 
+@pytest.mark.slow
 def test_compiled_for_four_devices_in_a_process_of_its_own(capfd, tmp_path):
     plan = json.loads(run(capfd, "--devices=4xT4-16GB", "--json", f"--chart={tmp_path / 'memory.svg'}"))
     best = plan["best"]

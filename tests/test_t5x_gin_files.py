@@ -384,6 +384,7 @@ def test_first_steps_with_another_optimizer(optimizer, folder):
     assert run(resolve(*momentum, "TRAIN_STEPS=3", files=["b.gin"])) == 3  # the state is restored
 
 
+@pytest.mark.slow
 def test_first_steps_of_scalable_t5_over_two_devices(folder):
     write("shared/lib/model.gin", SCALABLE)
     write("b.gin", RUN + "from t5x import partitioning\npartitioning.PjitPartitioner.num_partitions = 2\n")
