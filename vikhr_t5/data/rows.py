@@ -271,7 +271,7 @@ class ExampleRows:
 
     @functools.cached_property
     def plan(self) -> ExamplePlan:
-        """Which examples share a row: found once, kept beside the store and mapped, so that no later start reads it all."""
+        """Which examples share a row: found once, kept beside the store and mapped. No later start reads it all."""
         if not self._pack:
             return plan_examples(self._trimmed_lengths(), *self.lengths, self._seed, pack=False)
         examples = len(self.store)
