@@ -5,9 +5,9 @@
 
 Every product of a step (forward, the gradient of its input, the gradient of its kernel) is timed alone at its own
 shape, those of attention for one row of the batch, in float32 and bfloat16, in JAX (as our step writes it) and in
-torch; the best of the repeats counts. A library's floor is the sum over
-all products of FLOPs / rate: a step of nothing but matmuls, to which norms, softmax, masks, the optimizer and memory
-can only add. The machine's floor takes the faster library for each product.
+torch; the best of the repeats counts. A library's floor is the sum over all products of FLOPs / rate: a step of nothing
+but matmuls, to which norms, softmax, masks, the optimizer and memory can only add. The machine's floor takes the faster
+library for each product.
 
 `--steps FILE` (what `step_time.py --json` printed on the same machine) adds how near either side's steps come, and how
 many times as fast as theirs a step at the machine's floor would be: no more than that can be won here.
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 DTYPES = ("float32", "bfloat16")
 LIBRARIES = ("jax", "torch")
 VOCABULARY = 32128
-CALLS = 4
+CALLS = 4  # that are timed together, so that JAX's dispatch does not count
 
 
 class Product(NamedTuple):
@@ -101,16 +101,15 @@ def calls(library: str, dtype: str, product: Product) -> list[Callable[[], Any]]
         return jax.random.normal(jax.random.key(0), shape).astype(dtype)
 
     # As the step has them: rows of a batch apart, [B, T, D] for `sum_over_rows`; in attention heads apart, [T, H, K].
-    logits = multiply("thk,shk->hts")
     if heads == 1:
         x, w, g = random(2, rows // 2, inner), random(inner, columns), random(2, rows // 2, columns)
         pairs = [(multiply("...k,kc->...c"), x, w), (multiply("...c,kc->...k"), g, w), (ops.sum_over_rows, x, g)]
     elif product.name.endswith("logits"):
         q, k, g = random(rows, heads, inner), random(columns, heads, inner), random(heads, rows, columns)
-        pairs = [(logits, q, k), (ops.over_keys, g, k), (ops.over_queries, g, q)]
+        pairs = [(ops.query_keys, q, k), (ops.over_keys, g, k), (ops.over_queries, g, q)]
     else:
         w, v, g = random(heads, rows, inner), random(inner, heads, columns), random(rows, heads, columns)
-        pairs = [(ops.over_keys, w, v), (logits, g, v), (ops.over_queries, w, g)]
+        pairs = [(ops.over_keys, w, v), (ops.query_keys, g, v), (ops.over_queries, w, g)]
     compiled = [(jax.jit(f).lower(*pair).compile(), pair) for f, *pair in pairs]
     return [lambda f=f, pair=pair: f(*pair) for f, pair in compiled]  # type: ignore[misc]
 

@@ -251,7 +251,6 @@ def plan_examples(
     needed = np.minimum(lengths, limits)[order].astype(np.int32)
     lanes = max(1, len(order) // EXAMPLES_PER_LANE)
     inputs_left, targets_left = np.full((2, lanes, OPEN_ROWS), -1, np.int32)
-    open_row = np.full((lanes, OPEN_ROWS), -1)
     rows = np.zeros(lanes, np.int64)  # that each lane has opened
     row_of = np.empty(len(order), np.int64)  # the row of each example, counted in its lane
     for start in range(0, len(order), lanes):
@@ -262,11 +261,11 @@ def plan_examples(
         full = lane[~fits[lane, slot]]
         slot[full] = rows[full] % OPEN_ROWS  # a new row takes the place of the oldest open one
         inputs_left[full, slot[full]], targets_left[full, slot[full]] = limits
-        open_row[full, slot[full]] = rows[full]
         rows[full] += 1
         inputs_left[lane, slot] -= inputs
         targets_left[lane, slot] -= targets
-        row_of[start : start + lanes] = open_row[lane, slot]
+        newest = rows[lane] - 1
+        row_of[start : start + lanes] = newest - (newest - slot) % OPEN_ROWS  # the last row that took this place
     row_of += (np.cumsum(rows) - rows)[np.arange(len(order)) % lanes]
     by_row = np.argsort(row_of, kind="stable")
     return ExamplePlan(order[by_row], np.searchsorted(row_of[by_row], np.arange(rows.sum() + 1)))

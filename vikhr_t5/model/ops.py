@@ -190,12 +190,17 @@ def attention(query: Array, key: Array, value: Array, mask: Array, bias: Array |
 
 def _logits(q: Array, k: Array, mask: Array, bias: Array | None, float32_logits: bool) -> Array:
     """Masked logits [..., H, T, S], float32."""
-    logits = _einsum("...thk,...shk->...hts", q, k)
+    logits = query_keys(q, k)
     if bias is not None:
         logits += bias
     if not float32_logits:
         logits = logits.astype(q.dtype).astype(jnp.float32)
     return jnp.where(mask[..., None, :, :], logits, MASKED)
+
+
+def query_keys(queries: Array, keys: Array) -> Array:
+    """Products of queries [..., T, H, K] with keys [..., S, H, K] -> [..., H, T, S]."""
+    return _einsum("...thk,...shk->...hts", queries, keys)
 
 
 def over_keys(weights: Array, values: Array) -> Array:
@@ -242,7 +247,7 @@ def _attention_backward(float32_logits: bool, kept: tuple, g: Array) -> tuple:
         attended, g = attended.reshape(q.shape), g.reshape(q.shape)
         weights = jnp.exp(_logits(q, k, mask, bias, float32_logits) - largest[..., None]) * inverse[..., None]
         along = jnp.sum(g.astype(jnp.float32) * attended, axis=-1).mT[..., None]  # [..., H, T, 1]
-        d_logits = weights * (_einsum("...thk,...shk->...hts", g, v) - along)
+        d_logits = weights * (query_keys(g, v) - along)
         low = d_logits.astype(dtype)
         dq = over_keys(low, k).astype(dtype)
         dk = over_queries(low, q).astype(dtype)
