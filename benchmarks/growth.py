@@ -9,7 +9,8 @@ start   seconds from a fresh process's `open_dataset` to its first batch, for st
 memory  resident memory (and its anonymous part, without the pages of the store's files) over 5,000 steps of the whole
         loop on a real token store, with a checkpoint and an evaluation every 500 steps. A line through the last 3,000:
         the first saves and evaluations still find memory of their own.
-plot    the picture. Each part adds its figures to the file of results.
+plot    the picture. Each part adds its figures to the file of results, from a process of its own: memory that one has
+        freed would hide what another takes.
 """
 
 import argparse
@@ -241,16 +242,20 @@ def main() -> None:
         return
     if unknown := set(arguments.parts) - {"steps", "start", "memory", "plot"}:
         parser.error(f"unknown part {', '.join(sorted(unknown))}")
-    for part in arguments.parts:
-        results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-        if part == "plot":
-            plot(results, arguments.picture)
-            continue
-        measure = {"steps": measure_steps, "start": measure_start, "memory": lambda: measure_memory(arguments.steps)}
-        results[part] = measure[part]()
-        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
-        shown = {k: v for k, v in results[part].items() if k not in ("step", "rss_mib", "anonymous_mib")}
-        print(f"{part}: {json.dumps(shown)}", flush=True)
+    if len(arguments.parts) != 1:
+        options = ["--results", arguments.results, "--picture", arguments.picture, "--steps", str(arguments.steps)]
+        for part in arguments.parts:
+            subprocess.run([sys.executable, __file__, part, *options], check=True)
+        return
+    (part,) = arguments.parts
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    if part == "plot":
+        return plot(results, arguments.picture)
+    measure = {"steps": measure_steps, "start": measure_start, "memory": lambda: measure_memory(arguments.steps)}
+    results[part] = measure[part]()
+    arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+    shown = {k: v for k, v in results[part].items() if k not in ("step", "rss_mib", "anonymous_mib")}
+    print(f"{part}: {json.dumps(shown)}", flush=True)
 
 
 if __name__ == "__main__":

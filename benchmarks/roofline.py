@@ -2,6 +2,7 @@
 
     python benchmarks/roofline.py                       t5_1_1_small, batch 8, 512/114
     python benchmarks/roofline.py --size base --batch_size 4 --json
+    python benchmarks/roofline.py --dtypes float32      where the processor multiplies no bfloat16, torch's takes hours
 
 Every product of a step (forward, the gradient of its input, the gradient of its kernel) is timed alone at its own
 shape, those of attention for one row of the batch, in float32 and bfloat16, in JAX (as our step writes it) and in
@@ -135,7 +136,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     kinds = products(SIZES[options.size], options.batch_size, options.inputs, options.targets)
     rows = [{**product._asdict(), "flops": product.flops, "seconds": {}} for product in kinds]
     for library in LIBRARIES:
-        for dtype in DTYPES:
+        for dtype in options.dtypes:
             command = [sys.executable, __file__, *sys.argv[1:], "--worker", library, dtype]
             environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -152,7 +153,7 @@ def floors(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         return sum(sum(pick(row["seconds"])) * row["count"] for row in rows if part in (None, row["part"]))
 
     result = {}
-    for dtype in DTYPES:
+    for dtype in (dtype for dtype in DTYPES if f"jax {dtype}" in rows[0]["seconds"]):
         picks: dict[str, Callable] = {
             f"{library} {dtype}": (lambda seconds, name=f"{library} {dtype}": seconds[name]) for library in LIBRARIES
         }
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--inputs", type=int, default=512)
     parser.add_argument("--targets", type=int, default=114)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=Path, help="what `step_time.py --json` printed: how near its steps come")
     parser.add_argument("--json", action="store_true")
@@ -197,13 +199,15 @@ def main() -> None:
         rates = ("/".join(f"{row['flops'] / s / 1e9:.0f}" for s in row["seconds"][name]) for name in names)
         share = 3 * row["flops"] * row["count"] / flops
         print(f"{row['part'] + ', ' + row['name']:38s}{share:6.1%}" + "".join(f"{rate:>20s}" for rate in rates))
-    print(f"\n{'floor, s':20s}" + "".join(f"{part:>10s}" for part in floor["jax float32"]) + "   mean GFLOP/s")
+    print(f"\n{'floor, s':20s}" + "".join(f"{part:>10s}" for part in next(iter(floor.values()))) + "   mean GFLOP/s")
     for name, of in floor.items():
         print(f"{name:20s}" + "".join(f"{s:10.2f}" for s in of.values()) + f"{flops / of['step'] / 1e9:15.0f}")
     for run in runs:
         print(f"\ndropout {run['dropout_rate']}")
         for name, side in run["sides"].items():
             library, dtype = "jax" if name.startswith("ours") else "torch", name.split()[1]
+            if dtype not in options.dtypes:
+                continue
             own, machine = (floor[f"{kind} {dtype}"]["step"] for kind in (library, "fastest"))
             print(f"{name:20s}{side['wall']:6.2f} s, {own / side['wall']:.0%} of {library}'s floor;", end=" ")
             print(f"the machine's floor is {side['wall'] / machine:.2f} times as fast")

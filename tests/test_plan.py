@@ -67,7 +67,7 @@ def test_unknown_devices(text):
     ("shown", "name"),
     [("NVIDIA L4", "L4-24GB"), ("NVIDIA L40S", "L40S-48GB"), ("NVIDIA L40", None), ("NVIDIA A10", "A10-24GB"),
      ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("NVIDIA A100-SXM4-80GB", "A100-80GB"), ("NVIDIA A40", None),
-     ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+     ("NVIDIA H100 80GB HBM3", "H100-80GB"), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
      ("Tesla V100-SXM2-32GB", "V100-32GB"), ("Tesla V100-SXM2-16GB", "V100-16GB"),
      ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("NVIDIA RTX A6000", None), ("cpu", None)],
 )  # fmt: skip

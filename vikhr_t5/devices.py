@@ -78,7 +78,9 @@ KINDS = (
 
 def device_kind(name: str) -> DeviceKind | None:
     """The kind whose prefix `name` has, a `device_kind` of jax or a `get_device_name` of torch; None: not in the table
-    (a CPU, or another card)."""
+    (a CPU, another card, or a MIG slice of one, "NVIDIA A100-SXM4-40GB MIG 1g.5gb": a part of its peak and memory)."""
+    if re.search(r"\bMIG\b", name):
+        return None
     return next((kind for kind in KINDS for prefix in kind.prefixes if re.match(rf"{prefix}\b", name)), None)
 
 
