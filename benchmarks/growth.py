@@ -20,6 +20,8 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -242,20 +244,21 @@ def main() -> None:
         return
     if unknown := set(arguments.parts) - {"steps", "start", "memory", "plot"}:
         parser.error(f"unknown part {', '.join(sorted(unknown))}")
-    if len(arguments.parts) != 1:
-        options = ["--results", arguments.results, "--picture", arguments.picture, "--steps", str(arguments.steps)]
-        for part in arguments.parts:
-            subprocess.run([sys.executable, __file__, part, *options], check=True)
-        return
-    (part,) = arguments.parts
-    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-    if part == "plot":
-        return plot(results, arguments.picture)
-    measure = {"steps": measure_steps, "start": measure_start, "memory": lambda: measure_memory(arguments.steps)}
-    results[part] = measure[part]()
-    arguments.results.write_text(json.dumps(results, indent=1) + "\n")
-    shown = {k: v for k, v in results[part].items() if k not in ("step", "rss_mib", "anonymous_mib")}
-    print(f"{part}: {json.dumps(shown)}", flush=True)
+    measure: dict[str, tuple] = {
+        "steps": (measure_steps,),
+        "start": (measure_start,),
+        "memory": (measure_memory, arguments.steps),
+    }
+    for part in arguments.parts:
+        results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+        if part == "plot":
+            plot(results, arguments.picture)
+            continue
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            results[part] = process.submit(*measure[part]).result()
+        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+        shown = {k: v for k, v in results[part].items() if k not in ("step", "rss_mib", "anonymous_mib")}
+        print(f"{part}: {json.dumps(shown)}", flush=True)
 
 
 if __name__ == "__main__":

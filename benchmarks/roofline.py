@@ -2,7 +2,7 @@
 
     python benchmarks/roofline.py                       t5_1_1_small, batch 8, 512/114
     python benchmarks/roofline.py --size base --batch_size 4 --json
-    python benchmarks/roofline.py --dtypes float32      where the processor multiplies no bfloat16, torch's takes hours
+    python benchmarks/roofline.py --dtypes float32      where the processor has no products of bfloat16
 
 Every product of a step (forward, the gradient of its input, the gradient of its kernel) is timed alone at its own
 shape, those of attention for one row of the batch, in float32 and bfloat16, in JAX (as our step writes it) and in
