@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,24 +94,25 @@ def calls(library: str, dtype: str, product: Product) -> list[Callable[[], Any]]
     import jax
     import jax.numpy as jnp
 
-    from vikhr_t5.model import ops
-
-    def multiply(formula: str) -> Callable[[Any, Any], Any]:
-        return lambda a, b: jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+    from vikhr_t5.model.ops import OVER_KEYS, OVER_QUERIES, QUERY_KEYS
+    from vikhr_t5.model.products import trained_einsum
 
     def random(*shape: int) -> Any:
         return jax.random.normal(jax.random.key(0), shape).astype(dtype)
 
-    # As the step has them: rows of a batch apart, [B, T, D] for `sum_over_rows`; in attention heads apart, [T, H, K].
+    low = jnp.dtype(dtype)
+    # As the step has them: rows of a batch apart, in attention heads apart; kernels' gradients and logits in float32.
     if heads == 1:
         x, w, g = random(2, rows // 2, inner), random(inner, columns), random(2, rows // 2, columns)
-        pairs = [(multiply("...k,kc->...c"), x, w), (multiply("...c,kc->...k"), g, w), (ops.sum_over_rows, x, g)]
+        result = jnp.float32 if product.part == "head" else low
+        triples = [("...d,df->...f", x, w, result), ("...f,df->...d", g, w, low), ("...d,...f->df", x, g, jnp.float32)]
     elif product.name.endswith("logits"):
         q, k, g = random(rows, heads, inner), random(columns, heads, inner), random(heads, rows, columns)
-        pairs = [(ops.query_keys, q, k), (ops.over_keys, g, k), (ops.over_queries, g, q)]
+        triples = [(QUERY_KEYS, q, k, jnp.float32), (OVER_KEYS, g, k, low), (OVER_QUERIES, g, q, low)]
     else:
         w, v, g = random(heads, rows, inner), random(inner, heads, columns), random(rows, heads, columns)
-        pairs = [(ops.over_keys, w, v), (ops.query_keys, g, v), (ops.over_queries, w, g)]
+        triples = [(OVER_KEYS, w, v, jnp.float32), (QUERY_KEYS, g, v, jnp.float32), (OVER_QUERIES, w, g, low)]
+    pairs = [(partial(trained_einsum, formula, dtype=result), a, b) for formula, a, b, result in triples]
     compiled = [(jax.jit(f).lower(*pair).compile(), pair) for f, *pair in pairs]
     return [lambda f=f, pair=pair: f(*pair) for f, pair in compiled]  # type: ignore[misc]
 

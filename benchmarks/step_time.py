@@ -54,7 +54,7 @@ class Ours:
         import jax
 
         from vikhr_t5.model import network
-        from vikhr_t5.train.loop import use_compilation_cache
+        from vikhr_t5.train.compiling import compiled, use_compilation_cache
         from vikhr_t5.train.losses import token_losses
         from vikhr_t5.train.optimizers import Adafactor, AdamW
 
@@ -84,7 +84,7 @@ class Ours:
         self.params = jax.jit(lambda: network.init(config, jax.random.key(0)))()
         self.state = jax.jit(self.optimizer.init)(self.params)
         self.key = jax.random.key(1)
-        self.compiled = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.key).compile()
+        self.compiled = compiled(jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.key))
 
     def step(self) -> float:
         done = self.compiled(self.params, self.state, self.key)

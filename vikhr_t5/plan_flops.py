@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vikhr_t5.model.products import ONEDNN_MATMUL
+
 
 def matmul_flops(jaxpr: Any) -> float:
     """Matmul FLOPs of a traced program on all devices together, each pass of its loops counted.
@@ -17,6 +19,9 @@ def matmul_flops(jaxpr: Any) -> float:
             (contracted, _), _ = parameters["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+            continue
+        if name == "ffi_call" and parameters["target_name"] == ONEDNN_MATMUL:
+            total += 2.0 * equation.invars[0].aval.shape[-1] * math.prod(equation.outvars[0].aval.shape)
             continue
         times = parameters.get("length", 1) if name == "scan" else 1
         inner = [matmul_flops(getattr(sub, "jaxpr", sub)) for sub in _inner(parameters)]

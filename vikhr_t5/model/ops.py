@@ -16,10 +16,13 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from vikhr_t5.model.products import einsum, on_one_cpu, trained_einsum
+
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128
 NORM_EPSILON = 1e-6
 MATMUL, ATTENTION = "matmul", "attention"  # names by which a remat policy can keep what `dense`, `attention` computed
+Product = Callable[[str, Array, Array, DTypeLike], Array]  # of a formula, as in `products`
 MASKED = -1e10  # t5x's value: a query that may see nothing attends uniformly instead of giving NaN
 
 
@@ -27,60 +30,21 @@ MASKED = -1e10  # t5x's value: a query that may see nothing attends uniformly in
 def dense(x: Array, kernel: Array, dtype: DTypeLike | None = None) -> Array:
     """x [..., D] times kernel [D, F] -> [..., F] in `dtype` (x's where None).
 
-    The kernel is rounded to x's dtype, products accumulate in float32, and the kernel's gradient stays in float32.
-    That gradient is x^T g over rows; automatic differentiation would contract (g^T x)^T over batch and length, for
-    which XLA first transposes both arrays on a CPU.
+    The kernel is rounded to x's dtype, and its gradient stays in float32.
     """
-    return _dense_forward(x, kernel, dtype)[0]
+    return einsum("...d,df->...f", x, kernel.astype(x.dtype), dtype or x.dtype)
 
 
 def _dense_forward(x: Array, kernel: Array, dtype: DTypeLike | None) -> tuple[Array, tuple[Array, Array]]:
-    dtype = dtype or x.dtype
-    product = _contract(x, kernel.astype(x.dtype), [x.ndim - 1], [0], dtype).astype(dtype)
+    product = trained_einsum("...d,df->...f", x, kernel.astype(x.dtype), dtype or x.dtype)
     return _named(product, MATMUL), (x, kernel)
 
 
 def _dense_backward(dtype: DTypeLike | None, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = kept
     g = g.astype(x.dtype)
-    dx = _contract(g, kernel.astype(x.dtype), [g.ndim - 1], [1], x.dtype)
-    return dx.astype(x.dtype), sum_over_rows(x, g).astype(kernel.dtype)
-
-
-def sum_over_rows(x: Array, g: Array) -> Array:
-    """x^T g, summed over all rows: [..., D], [..., F] -> [D, F], float32.
-
-    In bfloat16 on a CPU, XLA multiplies fast what is contracted on the last dimension of its left side, and turns
-    anything else into float32 first. So one side is transposed: x, which several kernels share, unless g is half as
-    wide. A barrier before it keeps XLA from computing x element by element as it transposes; the one behind is for
-    what transposes the result: XLA would swap the sides of the product, and fails when that runs.
-    """
-    if x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
-        return _contract(_rows(x), _rows(g), [0], [0])
-    if 2 * g.shape[-1] <= x.shape[-1]:
-        return lax.optimization_barrier(_contract(_columns(g), _rows(x), [1], [0])).T
-    return lax.optimization_barrier(_contract(_columns(x), _rows(g), [1], [0]))
-
-
-def _rows(x: Array) -> Array:
-    """[..., D] -> [N, D]"""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _columns(x: Array) -> Array:
-    """[..., D] -> [D, N]"""
-    return jnp.moveaxis(lax.optimization_barrier(x), -1, 0).reshape(x.shape[-1], -1)
-
-
-def _contract(
-    a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int], dtype: DTypeLike = jnp.float32
-) -> Array:
-    """The product in `dtype`, but on a CPU in float32, since XLA has fast products for no other there.
-
-    Accelerators add up in float32 whatever they return.
-    """
-    returned = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=returned)
+    dx = trained_einsum("...f,df->...d", g, kernel.astype(x.dtype), x.dtype)
+    return dx, trained_einsum("...d,...f->df", x, g, jnp.float32).astype(kernel.dtype)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
@@ -185,73 +149,67 @@ def attention(query: Array, key: Array, value: Array, mask: Array, bias: Array |
     Returns:
         [B, T, H*K]
     """
-    return _attention_forward(query, key, value, mask, bias, float32_logits)[0]
+    attended, _, _ = _attend(einsum, query, key, value, mask, bias, float32_logits)
+    return attended
 
 
-def _logits(q: Array, k: Array, mask: Array, bias: Array | None, float32_logits: bool) -> Array:
-    """Masked logits [..., H, T, S], float32."""
-    logits = query_keys(q, k)
+# Products of the heads of one row of the batch: T queries, S keys.
+QUERY_KEYS = "thk,shk->hts"
+OVER_KEYS = "hts,shk->thk"
+OVER_QUERIES = "hts,thk->shk"
+
+
+def _logits(product: Product, q: Array, k: Array, mask: Array, bias: Array | None, float32_logits: bool) -> Array:
+    """Masked logits of one row [H, T, S], float32."""
+    logits = product(QUERY_KEYS, q, k, jnp.float32)
     if bias is not None:
         logits += bias
     if not float32_logits:
         logits = logits.astype(q.dtype).astype(jnp.float32)
-    return jnp.where(mask[..., None, :, :], logits, MASKED)
+    return jnp.where(mask, logits, MASKED)
 
 
-def query_keys(queries: Array, keys: Array) -> Array:
-    """Products of queries [..., T, H, K] with keys [..., S, H, K] -> [..., H, T, S]."""
-    return _einsum("...thk,...shk->...hts", queries, keys)
+def _attend(
+    product: Product, query: Array, key: Array, value: Array, mask: Array, bias: Array | None, float32_logits: bool
+) -> tuple:
+    """(attended [B, T, H*K], each query's largest logit and 1 / sum of its weights [B, H, T])."""
 
+    def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[tuple, None]:
+        logits = _logits(product, q, k, mask, bias, float32_logits)
+        largest = logits.max(axis=-1)
+        weights = jnp.exp(logits - largest[..., None])
+        inverse = 1 / weights.sum(axis=-1)
+        attended = product(OVER_KEYS, weights.astype(q.dtype), v, jnp.float32) * inverse.T[..., None]
+        return (attended.astype(q.dtype).reshape(q.shape[0], -1), largest, inverse), None
 
-def over_keys(weights: Array, values: Array) -> Array:
-    """Sum of weights [..., H, T, S] times values [..., S, H, K] over the keys -> [..., T, H, K].
-
-    Here and below the product has the order of axes that XLA's fast one on a CPU gives: asked for another, einsum would
-    swap the sides, which takes 1.3 times as long.
-    """
-    return _einsum("...hts,...shk->...htk", weights, values).swapaxes(-3, -2)
-
-
-def over_queries(weights: Array, values: Array) -> Array:
-    """Sum of weights [..., H, T, S] times values [..., T, H, K] over the queries -> [..., S, H, K]."""
-    return jnp.moveaxis(_einsum("...thk,...hts->...hks", values, weights), -1, -3)
-
-
-def _einsum(formula: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+    return _over_batch(attend, (query, key, value, mask), None)[0]
 
 
 def _attention_forward(
     query: Array, key: Array, value: Array, mask: Array, bias: Array | None, float32_logits: bool
 ) -> tuple[Array, tuple]:
-    def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[tuple, None]:
-        logits = _logits(q, k, mask, bias, float32_logits)
-        largest = logits.max(axis=-1)
-        weights = jnp.exp(logits - largest[..., None])
-        inverse = 1 / weights.sum(axis=-1)
-        attended = over_keys(weights.astype(q.dtype), v) * inverse.mT[..., None]
-        return (attended.astype(q.dtype).reshape(*q.shape[:-2], -1), largest, inverse), None
-
-    results, _ = _over_batch(attend, (query, key, value, mask), None)
+    results = _attend(trained_einsum, query, key, value, mask, bias, float32_logits)
     attended, largest, inverse = (_named(result, ATTENTION) for result in results)
     return attended, (query, key, value, mask, bias, attended, largest, inverse)
 
 
 def _attention_backward(float32_logits: bool, kept: tuple, g: Array) -> tuple:
     query, key, value, mask, bias, *results = kept
+    product = trained_einsum
 
     def differentiate(
         q: Array, k: Array, v: Array, mask: Array, attended: Array, largest: Array, inverse: Array, g: Array
     ) -> tuple[tuple, Array | None]:
         dtype = q.dtype
         attended, g = attended.reshape(q.shape), g.reshape(q.shape)
-        weights = jnp.exp(_logits(q, k, mask, bias, float32_logits) - largest[..., None]) * inverse[..., None]
-        along = jnp.sum(g.astype(jnp.float32) * attended, axis=-1).mT[..., None]  # [..., H, T, 1]
-        d_logits = weights * (query_keys(g, v) - along)
+        logits = _logits(product, q, k, mask, bias, float32_logits)
+        weights = jnp.exp(logits - largest[..., None]) * inverse[..., None]
+        along = jnp.sum(g.astype(jnp.float32) * attended, axis=-1).T[..., None]  # [H, T, 1]
+        d_logits = weights * (product(QUERY_KEYS, g, v, jnp.float32) - along)
         low = d_logits.astype(dtype)
-        dq = over_keys(low, k).astype(dtype)
-        dk = over_queries(low, q).astype(dtype)
-        dv = over_queries(weights.astype(dtype), g).astype(dtype)
+        dq = product(OVER_KEYS, low, k, dtype)
+        dk = product(OVER_QUERIES, low, q, dtype)
+        dv = product(OVER_QUERIES, weights.astype(dtype), g, dtype)
         return (dq, dk, dv), None if bias is None else d_logits
 
     zero = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
@@ -265,13 +223,13 @@ attention.defvjp(_attention_forward, _attention_backward)
 def _over_batch(
     function: Callable[..., tuple[tuple, Array | None]], arguments: Sequence[Array], zero: Array | None
 ) -> tuple[tuple, Array | None]:
-    """function(arguments) -> (results, summand): the results of the whole batch, and the sum of summands over it.
+    """function(row of arguments) -> (results, summand): the results of all rows, and the sum of the summands.
 
     On one CPU the batch is looped over, so that the weights of a row stay in the cache; on an accelerator that would
     serialise it, on several devices it would gather what is sharded.
     """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        results, summand = function(*arguments)
+    if not on_one_cpu():
+        results, summand = jax.vmap(function)(*arguments)
         return results, None if summand is None else summand.sum(axis=0)
 
     def row(total: Array | None, values: Sequence[Array]) -> tuple[Array | None, tuple]:

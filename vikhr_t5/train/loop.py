@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import json
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from vikhr_t5.packages import require
 from vikhr_t5.progress import Progress, human
 from vikhr_t5.train import checkpoints, metrics
 from vikhr_t5.train.checkpoints import CheckpointConfig, Checkpoints
+from vikhr_t5.train.compiling import compiled, use_compilation_cache
 from vikhr_t5.train.evaluate import Evaluator
 from vikhr_t5.train.interrupt import StopRequest
 from vikhr_t5.train.partitioning import Partitioner
@@ -133,7 +133,7 @@ def train(
 
     def compiled_step() -> Any:
         batch = empty_batch(rows, inputs_length, targets_length)
-        return trainer.traced(model, partitioner, num_sources, batch).lower().compile()
+        return compiled(trainer.traced(model, partitioner, num_sources, batch).lower())
 
     # Meanwhile examples are packed, parameters are read or drawn, and the first batch is made.
     compiling = ThreadPoolExecutor(1, "compiling").submit(compiled_step)
@@ -226,13 +226,6 @@ def train(
     if step < total_steps:
         _say(f"{stop.name}: saved step {step} of {total_steps}; run the same command to go on")
     return step
-
-
-def use_compilation_cache() -> None:
-    """Keep XLA's programs between runs, unless JAX_ENABLE_COMPILATION_CACHE=0; JAX_COMPILATION_CACHE_DIR moves them."""
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/vikhr_t5/xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _non_finite(step: int, saver: Checkpoints) -> str:

@@ -102,7 +102,7 @@ class Trainer:
     def traced(
         self, model: EncoderDecoderModel, partitioner: Partitioner, num_sources: int, batch: Mapping[str, Any]
     ) -> Any:
-        """`jitted`, traced for shapes, those of `batch` among them: `lower().compile()` of it is a step."""
+        """`jitted`, traced for shapes, those of `batch` among them: its `lower()`, compiled, is a step."""
         sums, key = jax.eval_shape(lambda: (zero_sums(num_sources), jax.random.key(0)))
         batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
         return self.jitted(model, partitioner, num_sources).trace(model.abstract_state(), sums, batch, key)
