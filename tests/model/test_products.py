@@ -59,7 +59,9 @@ def test_a_product_is_the_exact_one_rounded(formula, dtype, returned):
 class TestWhoCalls:
     def test_what_is_trained(self):
         x, kernel = arrays("...d,df->...f", jnp.float32)
-        assert calls(jax.grad(lambda x, kernel: ops.dense(x, kernel).sum(), (0, 1)), x, kernel) == 2  # its value is not needed
+        assert (
+            calls(jax.grad(lambda x, kernel: ops.dense(x, kernel).sum(), (0, 1)), x, kernel) == 2
+        )  # its value is not needed
         assert calls(lambda x, kernel: jax.vjp(ops.dense, x, kernel)[1](x @ kernel), x, kernel) == 2
         assert calls(ops.dense, x, kernel) == 0
         q, k = arrays(ops.QUERY_KEYS, jnp.float32)

@@ -59,29 +59,28 @@ def trained_einsum(formula: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
 
 
 def _onednn(x: Array, y: Array, axes: tuple[str, str, str], dtype: DTypeLike) -> Array:
-    """x with axes[0] times y with axes[1] -> axes[2], by views of them as (batches of) matrices."""
+    """x with axes[0] times y with axes[1] -> axes[2], each seen as a batch of matrices."""
     left, right, result = axes
     batch = "".join(axis for axis in result if axis in left and axis in right)
-    (row,), (column,) = (set(result).intersection(of).difference(batch) for of in (left, right))
-    (summed,) = set(left).difference(result)
-    sizes = dict(zip(left + right, x.shape + y.shape, strict=True))
-    matrices = [batch + row + summed, batch + summed + column, batch + row + column]
-    # A layout names the axes of a matrix in the order in which they lie in memory: nothing is moved for the views.
-    layouts = [tuple(map(of.index, lying)) for of, lying in zip(matrices, axes, strict=True)]
+    shared = ((left, result), (right, result), (left, right))
+    (row,), (column,), (summed,) = (set(a) & set(b) - set(batch) for a, b in shared)
+    matrices = (batch + row + summed, batch + summed + column, batch + row + column)
+    # A layout names a matrix' axes in the order in which they lie in memory, so that no view of an array moves it.
+    layouts = [tuple(matrix.index(axis) for axis in lying) for matrix, lying in zip(matrices, axes, strict=True)]
+    view_x, view_y = (
+        jnp.transpose(array, [lying.index(axis) for axis in matrix])
+        for array, lying, matrix in ((x, left, matrices[0]), (y, right, matrices[1]))
+    )
+    sizes = dict(zip(matrices[0] + matrices[1], view_x.shape + view_y.shape, strict=True))
     product = jax.ffi.ffi_call(
         ONEDNN_MATMUL,
         jax.ShapeDtypeStruct([sizes[axis] for axis in matrices[2]], dtype),
+        vmap_method="sequential",
         input_layouts=layouts[:2],
         output_layouts=layouts[2],
-        vmap_method="sequential",
         custom_call_api_version=2,
         legacy_backend_config='{"onednn_matmul_config": {}}',
-    )(
-        *(
-            jnp.transpose(array, list(map(lying.index, of)))
-            for array, lying, of in zip((x, y), axes, matrices, strict=False)
-        )
-    )
+    )(view_x, view_y)
     return jnp.transpose(product, layouts[2])
 
 

@@ -14,7 +14,7 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/vikhr_t5/xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     # How XLA says that it cannot write a program that calls oneDNN: see `model.products`.
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry .* bad_alloc")
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry .*bad_alloc")
 
 
 def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
