@@ -48,11 +48,11 @@ def trained_einsum(formula: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
     formula: one axis is summed over, one is left of `a` and one of `b`, any others are in all three arrays. "..." are
     the rows of an array [..., features].
     """
-    if on_one_cpu() and a.dtype == b.dtype and _onednn_multiplies(a.dtype):
+    if on_one_cpu() and a.dtype == b.dtype:
         left, right, result = re.split(",|->", formula.replace("...", "n"))
         x, y = (array.reshape(-1, array.shape[-1]) if "n" in of else array for of, array in ((left, a), (right, b)))
         sizes = dict(zip(left + right, x.shape + y.shape, strict=True))
-        if 2 * math.prod(sizes.values()) >= LARGE:
+        if 2 * math.prod(sizes.values()) >= LARGE and _onednn_multiplies(a.dtype):
             product = _onednn(x, y, (left, right, result), dtype)
             return product.reshape(*a.shape[:-1], -1) if "n" in result else product
     return einsum(formula, a, b, dtype)
@@ -71,10 +71,9 @@ def _onednn(x: Array, y: Array, axes: tuple[str, str, str], dtype: DTypeLike) ->
         jnp.transpose(array, [lying.index(axis) for axis in matrix])
         for array, lying, matrix in ((x, left, matrices[0]), (y, right, matrices[1]))
     )
-    sizes = dict(zip(matrices[0] + matrices[1], view_x.shape + view_y.shape, strict=True))
     product = jax.ffi.ffi_call(
         ONEDNN_MATMUL,
-        jax.ShapeDtypeStruct([sizes[axis] for axis in matrices[2]], dtype),
+        jax.ShapeDtypeStruct((*view_x.shape[:-1], view_y.shape[-1]), dtype),
         vmap_method="sequential",
         input_layouts=layouts[:2],
         output_layouts=layouts[2],
